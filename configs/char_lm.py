@@ -1,0 +1,79 @@
+"""A character language model on text that every machine has: the default, and the base of all.
+
+    python -m experiments.train                      # this config
+    python -m experiments.train --config=configs/char_lm.py --config.train.num_steps=200
+
+Every field that a config may set stands here, with its unit. Other configs start from
+`get_config()` and change it.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "char_lm"  # the run directory's default name: runs/<name>
+    config.seed = 0  # parameters, batches and dropout all derive from it
+
+    config.data = data = ConfigDict()
+    data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
+    data.path = placeholder(
+        str
+    )  # text_file: one file, a glob, or a directory of text files (UTF-8)
+    data.tokenizer = "char"  # char | byte | bpe
+    data.vocab_size = 4096  # bpe: entries of the vocabulary to train
+    data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json instead of training one
+    data.validation_fraction = 0.1  # the last part of the text, never trained on
+    data.context = 128  # tokens a training window has
+
+    config.model = model = ConfigDict()
+    model.num_layers = 4
+    model.width = 128  # D, the residual stream
+    model.num_heads = 4  # N
+    model.num_kv_heads = placeholder(int)  # K; None: as many as heads (1: multi-query)
+    model.head_dim = placeholder(int)  # H; None: width / num_heads
+    model.mixer = "attention"  # what mixes tokens; the names stand in qkv_jax.models.decoder.MIXERS
+    model.mlp_width = placeholder(int)  # F; None: 4 * width
+    model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu_squared
+    model.norm = "rms"  # layer | rms
+    model.norm_position = "pre"  # pre | post
+    model.position = "rotary"  # learned | sinusoidal | rotary | none
+    model.rotary_base = 10_000.0
+    model.qk_norm = True  # normalise queries and keys per head
+    model.use_bias = False  # biases in projections and layer norms
+    model.share_kv = False  # one projection for keys and values
+    model.share_qk = False  # one projection for queries and keys
+    model.tie_embeddings = False  # output head = token embedding transposed
+    model.zero_init_outputs = True  # each block starts as the identity
+    model.logit_softcap = 15.0  # cap * tanh(logits / cap); 0: none
+    model.dropout_rate = 0.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "muon"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    optimizer.learning_rate = 3e-3  # AdamW's peak
+    optimizer.muon_learning_rate = 2e-2  # Muon's peak
+    optimizer.schedule = "linear"  # cosine | linear | constant, after the warm-up
+    optimizer.warmup_steps = 20
+    optimizer.final_fraction = 0.1  # the schedule ends at this fraction of the peak
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.weight_decay = 0.0  # on matrices only
+    optimizer.clip_norm = 1.0  # of the global gradient; 0: none
+    optimizer.accumulate = 1  # micro-batches whose gradients are averaged into one step
+
+    config.train = train = ConfigDict()
+    train.num_steps = 1000
+    train.batch_size = 16  # windows a step
+    train.eval_every = 250  # steps
+    train.eval_batches = 20  # random validation batches per evaluation while training
+    train.save_every = 250  # steps between checkpoints; 0: only at the end
+    train.keep = 2  # checkpoints kept
+    train.log_every = 10  # steps between metrics
+    train.steps_per_dispatch = 10  # steps compiled into one call
+    train.cpu_devices = 2  # on a CPU: threads that share a batch; a GPU or TPU ignores it
+    train.compute_dtype = "float32"  # float32 | bfloat16; parameters stay float32
+    train.remat = False  # recompute activations in the backward pass
+    train.sample_tokens = 400  # length of the sample at the end
+    train.wandb = False  # also log to Weights & Biases, where it is installed
+    return config

@@ -1,0 +1,73 @@
+"""What every script's command line does: flags, and one clear sentence for a user's mistake."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from qkv_jax.training import CheckpointError
+
+USER_ERROR = 2  # the exit status, as for a misspelt flag
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the program with the error's message alone, where the user can mend the cause.
+
+    Around what reads a user's input; a bug elsewhere keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, CheckpointError, FloatingPointError, ImportError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def fail(message: str) -> None:
+    """Prints the message and exits with the status of a user's mistake."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR)
+
+
+def config_flag() -> flags.FlagHolder:
+    """The flag `--config`, a Python file whose fields `--config.field=value` overrides.
+
+    A misspelt field ends the program here: the overrides are applied where the flag is defined.
+    """
+    with _flag_errors():
+        return config_flags.DEFINE_config_file("config", "configs/char_lm.py", "the experiment")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """`app.run`, with the same one sentence for flags that do not parse."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
+    jax.config.parse_flags_with_absl()
+    app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    with _flag_errors():
+        rest = flags.FLAGS(list(argv))
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; flags start with -- (see --help)")
+    return rest
+
+
+@contextlib.contextmanager
+def _flag_errors() -> Iterator[None]:
+    try:
+        yield
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        fail(str(message))
+
+
+def use_cpu_devices(number: int) -> None:
+    """Makes `number` devices of the CPU; a batch is shared among them. For CPUs alone."""
+    if jax.config.jax_num_cpu_devices in (-1, None) and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", number)

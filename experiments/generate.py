@@ -1,0 +1,49 @@
+"""Text from a trained run.
+
+python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
+"""
+
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli, setup
+from qkv_jax import inference
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to sample from")
+PROMPT = flags.DEFINE_string("prompt", "\n", "the text to continue")
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "tokens to add", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of the prompt", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; > 0")
+TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
+TOP_P = flags.DEFINE_float("top_p", None, "keep the likeliest tokens that reach p together")
+SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
+
+
+def main(_) -> None:
+    with cli.one_sentence():
+        trained = setup.load_run(WORKDIR.value)
+        if not PROMPT.value:
+            raise ValueError("prompt: wanted at least one character, got none")
+        prompt = trained.tokenizer.encode(PROMPT.value).astype(np.int32)
+        tokens = inference.generate(
+            trained.graphdef,
+            trained.params,
+            np.tile(prompt, (NUM_SAMPLES.value, 1)),
+            num_tokens=NUM_TOKENS.value,
+            context=trained.settings.data.context,
+            rng=jax.random.key(SEED.value),
+            temperature=TEMPERATURE.value,
+            top_k=TOP_K.value,
+            top_p=TOP_P.value,
+        )
+    for i, row in enumerate(np.asarray(tokens)):
+        if i:
+            print("-" * 80)
+        print(PROMPT.value + trained.tokenizer.decode(row))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

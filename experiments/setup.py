@@ -1,0 +1,232 @@
+"""From a config to the things that a script works with; the same for every script."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import char_lm
+from qkv_jax import data, nn
+from qkv_jax.models import Decoder, DecoderConfig
+from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
+from qkv_jax.training.run_directory import RunDirectory, read_config, write_text_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What text, in what tokens. `configs/char_lm.py` explains the fields."""
+
+    corpus: str
+    path: str | None
+    tokenizer: str
+    vocab_size: int
+    tokenizer_path: str | None
+    validation_fraction: float
+    context: int
+
+    def __post_init__(self) -> None:
+        check("data.context", self.context, self.context >= 1, "an integer >= 1")
+        fraction = self.validation_fraction
+        check("data.validation_fraction", fraction, 0 < fraction < 1, "a number in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, and how often what. `configs/char_lm.py` explains the fields."""
+
+    num_steps: int
+    batch_size: int
+    eval_every: int
+    eval_batches: int
+    save_every: int
+    keep: int
+    log_every: int
+    steps_per_dispatch: int
+    cpu_devices: int
+    compute_dtype: str
+    remat: bool
+    sample_tokens: int
+    wandb: bool
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_every", "eval_batches", "keep", "log_every",
+                     "steps_per_dispatch", "cpu_devices", "sample_tokens"):  # fmt: skip
+            check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        check("train.save_every", self.save_every, self.save_every >= 0, "an integer >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A config after the checks that need no text: frozen, typed, complete."""
+
+    name: str
+    seed: int
+    data: DataConfig
+    model: dict[str, Any]
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    def decoder(self, vocab_size: int) -> DecoderConfig:
+        """The model's config for a vocabulary of this size."""
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            context=self.data.context,
+            dtype=self.train.compute_dtype,
+            remat=self.train.remat,
+            **self.model,
+        )
+
+
+def check(name: str, value: Any, right: bool, wanted: str) -> None:
+    """Raises a ValueError that names the config's field, unless `right`."""
+    if not right:
+        raise ValueError(f"config.{name}: wanted {wanted}, got {value!r}")
+
+
+def resolve(config: ConfigDict) -> Settings:
+    """Checks a config before anything is read, made or compiled.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+    values = config.copy_and_resolve_references().to_dict()
+    for name, value in _numbers(values):
+        check(name, value, math.isfinite(value), "a finite number")
+    check("seed", values["seed"], 0 <= values["seed"] < 2**31, "an integer in [0, 2**31)")
+    settings = Settings(
+        name=values["name"],
+        seed=values["seed"],
+        data=DataConfig(**values["data"]),
+        model=values["model"],
+        optimizer=OptimizerConfig(**values["optimizer"]),
+        train=TrainConfig(**values["train"]),
+    )
+    settings.decoder(vocab_size=1)  # its checks do not depend on the vocabulary
+    return settings
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield prefix + name, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus in tokens, split by position."""
+
+    corpus: data.Corpus
+    tokenizer: data.Tokenizer
+    train: np.ndarray  # integers [any number]
+    validation: np.ndarray
+
+    @property
+    def validation_characters(self) -> int:
+        return len(self.tokenizer.decode(self.validation))
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Validation losses, in nats per token, of predictors that only count."""
+        return data.ngram_floors(self.train, self.validation, self.tokenizer.vocab_size)
+
+
+def load_text(config: DataConfig, tokenizer: data.Tokenizer | None = None) -> Text:
+    """Reads the corpus; builds the tokenizer unless one is given.
+
+    Raises:
+      ValueError: the corpus is missing, binary, empty or shorter than a window, or the tokenizer
+        does not know it.
+    """
+    corpus = data.load_corpus(config.corpus, config.path)
+    if tokenizer is None:
+        tokenizer = data.build_tokenizer(
+            config.tokenizer, corpus.text, vocab_size=config.vocab_size, path=config.tokenizer_path
+        )
+    tokens = data.pack_tokens(tokenizer.encode(corpus.text), tokenizer.vocab_size)
+    train, validation = data.split(tokens, config.validation_fraction, context=config.context)
+    return Text(corpus, tokenizer, train, validation)
+
+
+def keep_text(run: RunDirectory, text: Text) -> None:
+    """Writes the tokenizer and what identifies the corpus, or checks them against those there.
+
+    Raises:
+      ValueError: the run was trained on another text.
+    """
+    path = run.path / "corpus.json"
+    now = {
+        "name": text.corpus.name,
+        "source": text.corpus.source,
+        "sha256": text.corpus.sha256,
+        "characters": len(text.corpus.text),
+        "tokens": len(text.train) + len(text.validation),
+        "vocab_size": text.tokenizer.vocab_size,
+    }
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
+                f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
+                "another --workdir"
+            )
+        return
+    write_text_atomic(run.tokenizer, text.tokenizer.to_json())
+    write_text_atomic(path, json.dumps(now, indent=2) + "\n")
+
+
+def make_model(config: DecoderConfig, seed: int) -> tuple[nnx.GraphDef, nn.Params]:
+    """The model's structure and its initial parameters, a function of the seed."""
+    return nn.split(Decoder(config, rngs=nnx.Rngs(seed)))
+
+
+def abstract_state(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's structure, and the shapes and dtypes of its training state, computing nothing."""
+    graphdef = None
+
+    def create() -> TrainState:
+        nonlocal graphdef
+        graphdef, params = make_model(settings.decoder(vocab_size), settings.seed)
+        optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+        return TrainState.create(params, optimizer)
+
+    state = jax.eval_shape(create)
+    return graphdef, state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run directory, read back."""
+
+    run: RunDirectory
+    settings: Settings
+    tokenizer: data.Tokenizer
+    graphdef: nnx.GraphDef
+    params: nn.Params
+    step: int
+
+
+def load_run(workdir: str) -> TrainedRun:
+    """Restores the newest good checkpoint of a run; changes nothing on disk.
+
+    Raises:
+      ValueError: there is no run there.
+      CheckpointError: it has no checkpoint that can be read.
+    """
+    run = RunDirectory(Path(workdir).absolute())
+    if not run.config.exists():
+        raise ValueError(f"workdir: {workdir} holds no run (no config.json); train one there first")
+    settings = resolve(read_config(run, char_lm.get_config()))
+    tokenizer = data.Tokenizer.load(run.tokenizer)
+    graphdef, state = abstract_state(settings, tokenizer.vocab_size)
+    step, state = load_checkpoint(run.checkpoints, state)
+    return TrainedRun(run, settings, tokenizer, graphdef, state.params, step)

@@ -1,0 +1,203 @@
+"""Trains a language model, from text to report.
+
+    python -m experiments.train
+    python -m experiments.train --config=configs/names.py --config.train.num_steps=500
+    python -m experiments.train --config.data.corpus=text_file --config.data.path=my.txt
+
+Run it again with the same flags and it goes on where it stopped, or reprints a finished run's
+result. `--config` names a Python file, which is executed: use only files that you trust.
+"""
+
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from experiments import cli, report, setup
+from qkv_jax import data, nn, training
+from qkv_jax.training.packing import leaf_names
+from qkv_jax.training.run_directory import RunDirectory, open_run
+from qkv_jax.training.writers import MetricWriter, read_metrics
+
+CONFIG = cli.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "the run's directory; default: runs/<config.name>")
+
+
+def main(_) -> None:
+    started = time.perf_counter()
+
+    # --- What was asked: everything a user can get wrong fails here, in one sentence ---
+    with cli.one_sentence():
+        settings = setup.resolve(CONFIG.value)
+        cli.use_cpu_devices(settings.train.cpu_devices)
+        text = setup.load_text(settings.data)
+        decoder_config = settings.decoder(text.tokenizer.vocab_size)
+        run = open_run(WORKDIR.value or f"runs/{settings.name}", CONFIG.value)
+        setup.keep_text(run, text)
+    print(f"text: {text.corpus.source}, {len(text.corpus.text):,} characters")
+    print(f"run:  {run.path}")
+
+    # --- Model, optimizer, state ---
+    mesh = make_mesh(settings.train.batch_size * settings.optimizer.accumulate)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_row = NamedSharding(mesh, PartitionSpec("data"))  # [batch, ...]
+    by_step_and_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # [steps, batch, ...]
+    graphdef, params = setup.make_model(decoder_config, settings.seed)
+    optimizer = training.make_optimizer(settings.optimizer, settings.train.num_steps)
+    state = jax.device_put(training.TrainState.create(params, optimizer), everywhere)
+    train_steps = training.make_train_steps(
+        training.make_train_step(
+            training.language_model_loss(graphdef),
+            optimizer,
+            seed=settings.seed,
+            accumulate=settings.optimizer.accumulate,
+        )
+    )
+    eval_step = training.make_eval_step(graphdef)
+    print(f"model: {nn.count(params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
+
+    # --- Where it stopped last time ---
+    with cli.one_sentence():
+        checkpointer = training.Checkpointer(run.checkpoints, keep=settings.train.keep)
+        restored = checkpointer.restore(like=state)
+    step = 0
+    if restored is not None:
+        step, state = restored
+        if step >= settings.train.num_steps and run.report.exists():
+            print(f"finished: this run has made its {step} steps. Its report:\n")
+            print(run.report.read_text(encoding="utf-8"))
+            return
+        print(f"resuming from step {step}")
+    elapsed_before = previous_seconds(run, step)
+
+    # --- The loop: dispatch, then look at what the dispatch before returned ---
+    schedule = training.make_schedule(
+        settings.optimizer, settings.optimizer.learning_rate, settings.train.num_steps
+    )
+    windows = {
+        "batch_size": settings.train.batch_size * settings.optimizer.accumulate,
+        "context": settings.data.context,
+    }
+    tokens_per_step = windows["batch_size"] * windows["context"]
+
+    def elapsed() -> float:
+        return elapsed_before + time.perf_counter() - started
+
+    def record(first: int, count: int, metrics: training.step.Metrics) -> None:
+        """Waits for some steps, refuses what is not finite, writes what is to be written."""
+        metrics = {name: np.asarray(values)[:count] for name, values in metrics.items()}
+        for i in range(count):
+            now = first + i + 1
+            values = {name: float(array[i]) for name, array in metrics.items()}
+            if not all(map(np.isfinite, values.values())):
+                raise FloatingPointError(
+                    f"step {now}: the loss is {values['loss']:g} and the gradient norm "
+                    f"{values['grad_norm']:g}; stopped, and the checkpoints from before are kept. "
+                    "A smaller learning rate or clip_norm usually helps."
+                )
+            if now % settings.train.log_every == 0 or now == settings.train.num_steps:
+                learning_rate = float(schedule(now - 1))
+                writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
+        progress.update(first + count, loss=values["loss"], **shown)
+
+    def evaluate(state: training.TrainState, now: int) -> None:
+        batches = (
+            data.random_windows(
+                text.validation, seed=settings.seed, step=i, stream=data.EVALUATION, **windows
+            )
+            for i in range(settings.train.eval_batches)
+        )
+        placed = (jax.device_put(batch, by_row) for batch in batches)
+        loss = training.mean_loss(eval_step, state.params, placed)
+        writer.write(now, {"validation_loss": loss, "elapsed": elapsed()})
+        shown["validation"] = loss
+
+    shown: dict[str, float] = {}
+    with (
+        cli.one_sentence(),
+        checkpointer,
+        MetricWriter(
+            run, wandb=settings.train.wandb, resume_step=None if restored is None else step
+        ) as writer,
+        training.Progress(settings.train.num_steps, step, tokens_per_step) as progress,
+        training.StopSignal() as stop,
+    ):
+        pending = None
+        while step < settings.train.num_steps and not stop.requested:
+            count = steps_to_boundary(step, settings.train)
+            batches = data.stacked_windows(
+                text.train,
+                seed=settings.seed,
+                step=step,
+                num_steps=settings.train.steps_per_dispatch,
+                **windows,
+            )
+            state, metrics = train_steps(state, jax.device_put(batches, by_step_and_row), count)
+            if pending is not None:
+                record(*pending)
+            pending = (step, count, metrics)
+            step += count
+            checkpointer.check()
+            last = step == settings.train.num_steps
+            if last or step % settings.train.eval_every == 0:
+                record(*pending)
+                pending = None
+                evaluate(state, step)
+            save_every = settings.train.save_every
+            if last or stop.requested or (save_every and step % save_every == 0):
+                if pending is not None:
+                    record(*pending)
+                    pending = None
+                check_finite(state, step)
+                checkpointer.save(step, state)
+        seconds = elapsed()
+    if step < settings.train.num_steps:
+        print(f"stopped by {stop.name} after step {step}, saved; the same command goes on")
+        return
+
+    # --- What came of it ---
+    with cli.one_sentence():
+        result = report.write(run, settings, text, graphdef, state.params, eval_step, seconds)
+    print(result)
+
+
+def make_mesh(batch_size: int) -> jax.sharding.Mesh:
+    """All devices, or the most that divide a batch, along one axis `data`."""
+    number = next(n for n in range(jax.device_count(), 0, -1) if batch_size % n == 0)
+    return jax.make_mesh(
+        (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
+    )
+
+
+def steps_to_boundary(step: int, config: setup.TrainConfig) -> int:
+    """How many steps the next dispatch takes: up to the next evaluation, save or end."""
+    ends = [config.num_steps] + [
+        (step // every + 1) * every for every in (config.eval_every, config.save_every) if every
+    ]
+    return min(config.steps_per_dispatch, min(ends) - step)
+
+
+def check_finite(state: training.TrainState, step: int) -> None:
+    """Refuses to let a number that is not finite into a checkpoint."""
+    for name, leaf in zip(leaf_names(state), jax.device_get(jax.tree.leaves(state)), strict=True):
+        if not np.isfinite(leaf).all():
+            raise FloatingPointError(
+                f"step {step}: {name} is not finite; stopped without saving it, and the "
+                "checkpoints from before are kept. A smaller learning rate usually helps."
+            )
+
+
+def previous_seconds(run: RunDirectory, step: int) -> float:
+    """The time that the steps so far took, in the processes before this one."""
+    if step == 0 or not run.metrics.exists():
+        return 0.0
+    return max(
+        (row["elapsed"] for row in read_metrics(run.metrics) if row["step"] <= step), default=0.0
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,55 @@
+"""Text in, batches out: corpora, tokenizers, windows, and the floors that counting reaches.
+
+    corpus = data.load_corpus("python_docs")
+    tokenizer = data.build_tokenizer("char", corpus.text)
+    tokens = data.pack_tokens(tokenizer.encode(corpus.text), tokenizer.vocab_size)
+    train, validation = data.split(tokens, 0.1, context=128)
+    batch = data.random_windows(train, seed=0, step=7, batch_size=16, context=128)
+
+All of it is deterministic and runs on the host: NumPy, no JAX.
+"""
+
+from qkv_jax.data.batches import (
+    EVALUATION,
+    TRAINING,
+    check_token_ids,
+    pack_tokens,
+    random_windows,
+    sequential_windows,
+    split,
+    stacked_windows,
+)
+from qkv_jax.data.corpora import CORPORA, Corpus, load_corpus, python_docs, text_file
+from qkv_jax.data.floors import bits_per_character, ngram_floors
+from qkv_jax.data.tokenizers import (
+    TOKENIZERS,
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    build_tokenizer,
+)
+
+__all__ = [
+    "CORPORA",
+    "EVALUATION",
+    "TOKENIZERS",
+    "TRAINING",
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "Tokenizer",
+    "bits_per_character",
+    "build_tokenizer",
+    "check_token_ids",
+    "load_corpus",
+    "ngram_floors",
+    "pack_tokens",
+    "python_docs",
+    "random_windows",
+    "sequential_windows",
+    "split",
+    "stacked_windows",
+    "text_file",
+]

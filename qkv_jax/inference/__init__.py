@@ -1,0 +1,6 @@
+"""Using trained models."""
+
+from qkv_jax.inference.generation import generate
+from qkv_jax.inference.sampling import check_sampling, filter_logits, sample
+
+__all__ = ["check_sampling", "filter_logits", "generate", "sample"]

@@ -1,0 +1,56 @@
+"""Choosing the next token from its logits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Checks the numbers that shape a sampling distribution.
+
+    Raises:
+      ValueError: naming the argument, what came and what was wanted.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: wanted a finite number > 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: wanted an integer >= 1 or None, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: wanted a number in (0, 1] or None, got {top_p}")
+
+
+def filter_logits(
+    logits: jax.Array, *, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:  # fmt: skip
+    """The logits of the distribution to sample from: sharpened, and -inf where cut off.
+
+    Args:
+      logits: [..., V].
+      temperature: divides the logits; near 0 the largest takes all.
+      top_k: keep the k largest, and what ties with the k-th (Fan et al. 2018,
+        arxiv.org/abs/1805.04833).
+      top_p: keep the fewest tokens whose probabilities reach p together (Holtzman et al. 2020,
+        arxiv.org/abs/1904.09751), after the temperature and the cut at k.
+
+    Returns:
+      [..., V].
+    """
+    check_sampling(temperature, top_k, top_p)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p is not None and top_p < 1:
+        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        smallest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: jax.Array, rng: jax.Array, **filters) -> jax.Array:
+    """One token per row, int32 [...], from logits [..., V]; `filters` are `filter_logits`' own."""
+    return jax.random.categorical(rng, filter_logits(logits, **filters), axis=-1).astype(jnp.int32)

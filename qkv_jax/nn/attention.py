@@ -1,0 +1,182 @@
+"""Multi-head attention: the parameters around an attention op."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+
+from qkv_jax import ops
+from qkv_jax.nn.linear import Linear, project
+from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.scores import Score
+
+_default_init = nnx.initializers.lecun_normal()
+
+
+class MultiHeadAttention(nnx.Module):
+    """Projects to heads, attends, projects back (Vaswani et al. 2017, arxiv.org/abs/1706.03762).
+
+        q, k, v = x W_q, c W_k, c W_v        c is the context: x itself in self-attention
+        q, k = rotary(norm(q)), rotary(norm(k))         where asked for
+        out = concat(heads of op(q, k, v)) W_out
+
+    Args:
+      width: D, of the input and the output.
+      num_heads: N.
+      num_kv_heads: K, which divides N (grouped-query attention); by default N.
+      head_dim: H = h, by default width / num_heads.
+      context_width: width of what keys and values are made from, by default `width`.
+      use_bias: whether the four projections have biases.
+      qk_norm: normalise each query and key (RMS, with a learned scale [H]) before the rotation
+        (Henry et al. 2020, arxiv.org/abs/2010.04245).
+      rotary_base: base of the rotary position embedding on queries and keys; None: no rotation.
+      share_kv: one projection makes keys and values.
+      share_qk: one projection makes queries and keys.
+      op: the attention function, called as `ops.attention` is.
+      dropout_rate: of the attention weights, where a call passes `rng`.
+      kernel_init, out_init: initialisers of the projections in and of the projection out.
+      dtype: of the computation; None: that of the input and the parameters.
+      param_dtype: of the parameters.
+      rngs: where the initial parameters come from.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_width: int | None = None,
+        use_bias: bool = False,
+        qk_norm: bool = False,
+        rotary_base: float | None = None,
+        share_kv: bool = False,
+        share_qk: bool = False,
+        op: Callable[..., jax.Array] = ops.attention,
+        dropout_rate: float = 0.0,
+        kernel_init: Initializer = _default_init,
+        out_init: Initializer = _default_init,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        context_width = width if context_width is None else context_width
+        _check_heads(width, num_heads, num_kv_heads, head_dim)
+        if share_qk and (num_kv_heads != num_heads or context_width != width):
+            raise ValueError(
+                "share_qk: queries and keys of one projection need num_kv_heads = num_heads and "
+                f"context_width = width, got {num_kv_heads} and {num_heads} heads, "
+                f"{context_width} and {width} wide"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = width // num_heads if head_dim is None else head_dim
+        self.rotary_base = rotary_base
+        self.dropout_rate = dropout_rate
+        self.op = op
+
+        def linear(inputs: int, outputs: int, init: Initializer) -> Linear:
+            return Linear(
+                inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype,
+                param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        def norm() -> nnx.RMSNorm | None:
+            if not qk_norm:
+                return None
+            return nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.query = linear(width, inner, kernel_init)
+        self.key = None if share_qk else linear(context_width, kv_inner, kernel_init)
+        self.value = None if share_kv else linear(context_width, kv_inner, kernel_init)
+        self.query_norm, self.key_norm = norm(), norm()
+        self.out = linear(inner, width, out_init)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        mask: Mask | None = None,
+        score: Score | tuple[Score, ...] | None = None,
+        positions: jax.Array | None = None,
+        context_positions: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends from `x` to `context`, or to `x` itself.
+
+        Args:
+          x: [B, T, D].
+          context: [B, S, context_width]; None for self-attention.
+          mask: who may attend to whom; None: everyone to everything.
+          score: what happens to the logits before the softmax.
+          positions: integers [T] or [B, T], by default 0 ... T-1.
+          context_positions: integers [S] or [B, S]; by default 0 ... S-1, in self-attention
+            `positions`.
+          rng: a key; without it there is no dropout.
+
+        Returns:
+          [B, T, D].
+        """
+        B, T = x.shape[:2]
+        if context is None:
+            context_positions = positions
+        q, k, v = self.project(x, context)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary_base is not None:
+            q = ops.positions.rotary(q, _or_range(positions, q), base=self.rotary_base)
+            k = ops.positions.rotary(k, _or_range(context_positions, k), base=self.rotary_base)
+        out = self.op(
+            q, k, v, mask=mask, score=score, q_positions=positions, kv_positions=context_positions,
+            dropout_rate=0.0 if rng is None else self.dropout_rate, dropout_rng=rng,
+        )  # fmt: skip
+        return self.out(out.reshape(B, T, -1))
+
+    def project(
+        self, x: jax.Array, context: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, S, K, H], before norm and rotation.
+
+        Layers that read the same input run as one matrix product.
+        """
+        names = [n for n in ("query", "key", "value") if getattr(self, n) is not None]
+        if context is None:
+            flat = dict(zip(names, project(x, [getattr(self, n) for n in names]), strict=True))
+        else:
+            flat = {"query": self.query(x)}
+            rest = [getattr(self, n) for n in names[1:]]
+            flat |= zip(names[1:], project(context, rest) if rest else [], strict=True)
+            if self.key is None:
+                flat["key"] = self.query(context)
+        q = flat["query"]
+        k = flat.get("key", q)
+        v = flat.get("value", k)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = (
+            y.reshape(*y.shape[:2], n, self.head_dim) for y, n in zip((q, k, v), heads, strict=True)
+        )
+        return q, k, v
+
+
+def _check_heads(width: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> None:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: wanted a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+        )
+    if head_dim is None and width % num_heads:
+        raise ValueError(
+            f"num_heads: wanted a divisor of width = {width} (or a head_dim), got {num_heads}"
+        )
+
+
+def _or_range(positions: jax.Array | None, x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[1]) if positions is None else positions

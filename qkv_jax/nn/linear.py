@@ -1,0 +1,51 @@
+"""Linear layers whose compiled form is one matrix product over all tokens."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def flat_dot_general(
+    x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None, **kwargs
+) -> jax.Array:
+    """`lax.dot_general` of `x` [..., D] and `kernel` [D, F], with the axes in front made one.
+
+    The result is the same. The gradient of the kernel then contracts one axis instead of two,
+    which spares XLA's CPU compiler a transposing copy of every activation: a training step of the
+    small models takes two thirds of the time.
+    """
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    flat = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision, **kwargs
+    )
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Linear(nnx.Linear):
+    """`x W + b` over the last axis: `nnx.Linear` on flattened tokens."""
+
+    def __init__(self, in_features: int, out_features: int, **kwargs):
+        super().__init__(in_features, out_features, dot_general=flat_dot_general, **kwargs)
+
+
+def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
+    """Applies several linear layers to one input, as one matrix product.
+
+    Args:
+      x: [..., D].
+      layers: linear layers of D inputs, of one compute dtype, all with a bias or all without.
+
+    Returns:
+      `[layer(x) for layer in layers]`.
+    """
+    if len(layers) == 1:
+        return [layers[0](x)]
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    x, kernel = layers[0].promote_dtype((x, kernel), dtype=layers[0].dtype)
+    y = flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    if layers[0].bias is not None:
+        y += jnp.concatenate([layer.bias[...] for layer in layers]).astype(y.dtype)
+    ends = [sum(layer.out_features for layer in layers[: i + 1]) for i in range(len(layers) - 1)]
+    return jnp.split(y, ends, axis=-1)

@@ -1,0 +1,181 @@
+"""Attention: one call for every mask, score and backend. Check, choose, call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkv_jax.ops import arguments
+from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.reference import reference, reference_weights
+from qkv_jax.ops.scores import Score
+
+Array = jax.Array | np.ndarray
+
+IMPLEMENTATIONS = {"reference": reference}
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask | None = None,
+    score: Score | tuple[Score, ...] | None = None,
+    scale: float | None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, arxiv.org/abs/1706.03762).
+
+        logits[b, n, t, s] = scale * q[b, t, n] . k[b, s, n // G]
+        weights = softmax over s of score(logits) where mask allows
+        out[b, t, n] = sum over s of weights[b, n, t, s] * v[b, s, n // G]
+
+    Logits, softmax and sums are float32 (float64 for float64 input). A query that may attend to
+    nothing gets 0, with zero gradients. Differentiable any number of times, in forward and reverse
+    mode, in q, k, v, sinks and every array inside `score`.
+
+    Args:
+      q: queries, floating [B, T, N, H].
+      k: keys, floating [B, S, K, H]; K divides N, so K = 1 is multi-query attention.
+      v: values, floating [B, S, K, h].
+      mask: who may attend to whom, for instance `masks.Causal() & masks.SlidingWindow(256)`.
+      score: what happens to a logit before the softmax, for instance `scores.Softcap(30.0)`; a
+        tuple applies in order.
+      scale: factor of q . k; by default 1 / sqrt(H).
+      sinks: floating [N], a logit per head that takes weight and gives no value.
+      dropout_rate: probability in [0, 1) that a weight is dropped; the rest grow by 1 / (1 - rate).
+      dropout_rng: the key of the dropout; a bit depends on it and on its four indices alone.
+      q_positions: integers [T] or [B, T]; by default 0 ... T-1. Where T != S, masks and scores that
+        compare positions need them.
+      kv_positions: integers [S] or [B, S]; by default 0 ... S-1.
+      implementation: "reference", or None for the fastest that honours every argument.
+
+    Returns:
+      [B, T, N, h], in the dtype of `v`.
+
+    Raises:
+      ValueError: naming the argument, what came and what was wanted.
+      NotImplementedError: the implementation cannot honour an argument; it names it.
+    """
+    out, _ = attention_with_stats(
+        q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
+        implementation=implementation,
+    )  # fmt: skip
+    return out
+
+
+def attention_with_stats(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask | None = None,
+    score: Score | tuple[Score, ...] | None = None,
+    scale: float | None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Stats]:
+    """`attention`, and per row the log-sum-exp, the largest logit and the entropy of the weights.
+
+    The arguments and errors are those of `attention`.
+
+    Returns:
+      [B, T, N, h] in the dtype of `v`, and Stats of [B, N, T] in float32 (float64 for float64
+      input). The statistics are those of the softmax, before dropout.
+    """
+    args = arguments.check(
+        q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
+    )  # fmt: skip
+    return IMPLEMENTATIONS[_choose(args, implementation)](args)
+
+
+def attention_weights(
+    q: Array,
+    k: Array,
+    *,
+    mask: Mask | None = None,
+    score: Score | tuple[Score, ...] | None = None,
+    scale: float | None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+) -> jax.Array:
+    """The weights of `attention`, materialised: for looking, not for training.
+
+    The arguments and errors are those of `attention`.
+
+    Returns:
+      [B, N, T, S], float32 (float64 for float64 input). A row sums to 1; to less with a sink, to 0
+      where nothing may be attended to.
+    """
+    args = arguments.check(
+        q, k, None, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
+    )  # fmt: skip
+    weights, _ = reference_weights(args)
+    return weights
+
+
+def merge(out_a: Array, stats_a: Stats, out_b: Array, stats_b: Stats) -> tuple[jax.Array, Stats]:
+    """The attention over two disjoint sets of keys, from the attention over each.
+
+        lse = log(exp(lse_a) + exp(lse_b))
+        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    Exact, differentiable and associative: ring attention, split-key decoding and prefix caching
+    are this one line. The partial results must come from the same queries, without sinks.
+
+    Args:
+      out_a, out_b: [B, T, N, h].
+      stats_a, stats_b: what `attention_with_stats` returned beside them.
+
+    Returns:
+      [B, T, N, h] in the dtype of `out_a`, and the merged statistics.
+    """
+    peak = jax.lax.stop_gradient(jnp.maximum(stats_a.lse, stats_b.lse))
+    peak = jnp.where(peak > -jnp.inf, peak, 0)
+    share_a, share_b = jnp.exp(stats_a.lse - peak), jnp.exp(stats_b.lse - peak)
+    total = share_a + share_b
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    share_a, share_b = share_a / total, share_b / total
+    out = sum(
+        jnp.swapaxes(share, 1, 2)[..., None] * x.astype(share.dtype)
+        for share, x in ((share_a, out_a), (share_b, out_b))
+    )
+    lse = peak + jnp.log(total)
+    # Entropy is lse - E[logit], and the expected logit of the whole is the mean of the parts'.
+    mean_logit = sum(
+        share * jnp.where(share > 0, stats.lse - stats.entropy, 0)
+        for share, stats in ((share_a, stats_a), (share_b, stats_b))
+    )
+    return out.astype(out_a.dtype), Stats(
+        lse=jnp.where(empty, -jnp.inf, lse),
+        max_logit=jnp.maximum(stats_a.max_logit, stats_b.max_logit),
+        entropy=jnp.where(empty, 0, lse - mean_logit),
+    )
+
+
+def _choose(args: Arguments, implementation: str | None) -> str:
+    if implementation is None:
+        return "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: wanted one of {sorted(IMPLEMENTATIONS)} or None, "
+            f"got {implementation!r}"
+        )
+    return implementation

@@ -1,0 +1,82 @@
+"""Attention as the formula reads, all T x S weights in memory: the oracle of the fast paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkv_jax.ops import scores
+from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.dropout import keep_mask
+
+
+def reference(args: Arguments) -> tuple[jax.Array, Stats]:
+    """`softmax(mask(score(scale * q k^T))) v` and its statistics.
+
+    Returns:
+      [B, T, N, h] in the dtype of v, and the statistics.
+    """
+    weights, stats = reference_weights(args)
+    B, N, T, S = weights.shape
+    K, h = args.v.shape[2:]
+    weights_BKGTS = weights.reshape(B, K, N // K, T, S)
+    out = jnp.einsum("BKGTS,BSKh->BTKGh", weights_BKGTS, args.v.astype(args.dtype))
+    return out.reshape(B, T, N, h).astype(args.v.dtype), stats
+
+
+def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
+    """The weights `[B, N, T, S]` after softmax and dropout, and the statistics of the softmax.
+
+    A row that may attend to nothing has weights 0, and no derivative of any order is NaN: every
+    `where` below guards the argument of the function that would be infinite, not its result.
+    """
+    logits, allowed = _logits(args)
+    max_logit = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
+    peak, sink = max_logit, None
+    if args.sinks is not None:
+        sink = args.sinks.astype(args.dtype)[None, :, None, None]
+        peak = jnp.maximum(peak, jax.lax.stop_gradient(sink))
+    peak = jnp.where(peak > -jnp.inf, peak, 0)
+    exps = jnp.exp(logits - peak)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    if sink is not None:
+        total += jnp.exp(sink - peak)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    weights = exps / total
+
+    lse = peak + jnp.log(total)
+    mean_logit = jnp.sum(weights * jnp.where(allowed, logits, 0), axis=-1, keepdims=True)
+    if sink is not None:
+        mean_logit += jnp.exp(sink - lse) * sink
+    stats = Stats(
+        lse=jnp.where(empty, -jnp.inf, lse)[..., 0],
+        max_logit=max_logit[..., 0],
+        entropy=jnp.where(empty, 0, lse - mean_logit)[..., 0],
+    )
+    return _dropout(weights, args), stats
+
+
+def _logits(args: Arguments) -> tuple[jax.Array, jax.Array | bool]:
+    """Logits [B, N, T, S], -inf where the mask forbids, and what the mask allows."""
+    B, T, N, H = args.q.shape
+    S, K = args.k.shape[1:3]
+    q_BTKGH = args.q.reshape(B, T, K, N // K, H).astype(args.dtype)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, args.k.astype(args.dtype))
+    logits = logits_BKGTS.reshape(B, N, T, S) * jnp.asarray(args.scale, args.dtype)
+    # As arrays of JAX, positions become an iota of the compiled program, not a constant T x S.
+    where = jnp.asarray(args.q_pos), jnp.asarray(args.kv_pos), jnp.asarray(args.head)
+    logits = scores.apply(args.score, logits, *where)
+    if args.mask is None:
+        return logits, True
+    allowed = args.mask.mask(*where)
+    return jnp.where(allowed, logits, -jnp.inf), allowed
+
+
+def _dropout(weights: jax.Array, args: Arguments) -> jax.Array:
+    if args.dropout_rate == 0:
+        return weights
+    batch, head, query, key = np.ogrid[tuple(map(slice, weights.shape))]
+    keep = keep_mask(
+        args.dropout_rng, args.dropout_rate, batch=batch, head=head, query=query, key=key
+    )
+    return jnp.where(keep, weights / (1 - args.dropout_rate), 0)

@@ -1,0 +1,26 @@
+"""Training: functions over one `TrainState`, and what keeps a run safe."""
+
+from qkv_jax.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
+from qkv_jax.training.evaluation import make_eval_step, mean_loss
+from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from qkv_jax.training.preemption import StopSignal
+from qkv_jax.training.progress import Progress
+from qkv_jax.training.state import TrainState
+from qkv_jax.training.step import language_model_loss, make_train_step, make_train_steps
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "OptimizerConfig",
+    "Progress",
+    "StopSignal",
+    "TrainState",
+    "language_model_loss",
+    "load_checkpoint",
+    "make_eval_step",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "make_train_steps",
+    "mean_loss",
+]

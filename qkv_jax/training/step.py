@@ -1,0 +1,105 @@
+"""One training step, several in one call, and the loss that they lower."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qkv_jax import nn
+from qkv_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (parameters, batch, key or None) -> the mean loss
+Loss = Callable[[nn.Params, Batch, jax.Array | None], jax.Array]
+
+
+def language_model_loss(graphdef: nnx.GraphDef) -> Loss:
+    """The mean cross-entropy of the next token, in nats, of the model with this structure.
+
+    A batch holds `inputs` and `targets`, int32 [B, T], and optionally `weights` [B, T].
+    """
+
+    def loss(params: nn.Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        logits = nn.merge(graphdef, params)(batch["inputs"], rng=rng)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        if "weights" not in batch:
+            return losses.mean()
+        return (losses * batch["weights"]).sum() / batch["weights"].sum()
+
+    return loss
+
+
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, seed: int, accumulate: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure function `train_step(state, batch) -> (state, metrics)`.
+
+    Args:
+      loss: what to lower.
+      optimizer: turns gradients into updates.
+      seed: of dropout; the key of a step is `fold_in(key(seed), step)`.
+      accumulate: micro-batches in a batch; their gradients are averaged one after another.
+
+    Returns:
+      `train_step`. A batch is a dict of [accumulate * B, ...] arrays; the metrics are `loss` and
+      `grad_norm` (before clipping), float32 [].
+    """
+
+    def gradients(params: nn.Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, nn.Params]:
+        if accumulate == 1:
+            return jax.value_and_grad(loss)(params, batch, rng)
+
+        def add(total, micro):
+            micro_batch, i = micro
+            value_and_grads = jax.value_and_grad(loss)(
+                params, micro_batch, jax.random.fold_in(rng, i)
+            )
+            return jax.tree.map(jnp.add, total, value_and_grads), None
+
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
+        )
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(accumulate)))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        value, grads = gradients(state.params, batch, rng)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_train_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, Metrics]]:
+    """`train_steps(state, batches, count)`: the first `count` of several steps, in one call.
+
+    A small model's step is short beside the time it takes to call it. `count` is traced, so that
+    one compiled program serves every number of steps up to the length of `batches`.
+
+    Returns:
+      A jitted function that donates `state`. `batches` is a dict of [steps, B, ...] arrays; metrics
+      are [steps], of which the first `count` count.
+    """
+
+    def train_steps(state: TrainState, batches: Batch, count: int) -> tuple[TrainState, Metrics]:
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        shapes = jax.eval_shape(train_step, state, jax.tree.map(lambda x: x[0], batches))[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
+
+        def body(i, carry):
+            state, metrics = carry
+            state, new = train_step(state, jax.tree.map(lambda x: x[i], batches))
+            return state, jax.tree.map(lambda old, x: old.at[i].set(x), metrics, new)
+
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return jax.jit(train_steps, donate_argnums=0)

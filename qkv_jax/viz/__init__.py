@@ -1,0 +1,19 @@
+"""Pictures of attention and of training: matplotlib figures that need no display.
+
+Every function returns a `matplotlib.figure.Figure` that no global state knows of; `save_figure`
+writes it. Importing this package does not import matplotlib: drawing does.
+"""
+
+from qkv_jax.viz.curves import loss_curve
+from qkv_jax.viz.heatmap import attention_heatmap, heads_figure
+from qkv_jax.viz.matrices import matrices_figure
+from qkv_jax.viz.style import save_figure, visible
+
+__all__ = [
+    "attention_heatmap",
+    "heads_figure",
+    "loss_curve",
+    "matrices_figure",
+    "save_figure",
+    "visible",
+]
