@@ -18,9 +18,9 @@ def reference(args: Arguments) -> tuple[jax.Array, Stats]:
     weights, stats = reference_weights(args)
     B, N, T, S = weights.shape
     K, h = args.v.shape[2:]
-    weights_BKGTS = weights.reshape(B, K, N // K, T, S)
-    out = jnp.einsum("BKGTS,BSKh->BTKGh", weights_BKGTS, args.v.astype(args.dtype))
-    return out.reshape(B, T, N, h).astype(args.v.dtype), stats
+    v_BKSh = jnp.swapaxes(args.v, 1, 2).astype(args.dtype)
+    out_BKRh = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
+    return jnp.swapaxes(out_BKRh.reshape(B, N, T, h), 1, 2).astype(args.v.dtype), stats
 
 
 def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
@@ -57,12 +57,16 @@ def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
 
 
 def _logits(args: Arguments) -> tuple[jax.Array, jax.Array | bool]:
-    """Logits [B, N, T, S], -inf where the mask forbids, and what the mask allows."""
+    """Logits [B, N, T, S], -inf where the mask forbids, and what the mask allows.
+
+    The query heads that share a key head are rows of one matrix, R = G * T of them.
+    """
     B, T, N, H = args.q.shape
     S, K = args.k.shape[1:3]
-    q_BTKGH = args.q.reshape(B, T, K, N // K, H).astype(args.dtype)
-    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, args.k.astype(args.dtype))
-    logits = logits_BKGTS.reshape(B, N, T, S) * jnp.asarray(args.scale, args.dtype)
+    q_BNTH = jnp.swapaxes(args.q, 1, 2).astype(args.dtype)
+    k_BKSH = jnp.swapaxes(args.k, 1, 2).astype(args.dtype)
+    logits_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BNTH.reshape(B, K, N // K * T, H), k_BKSH)
+    logits = logits_BKRS.reshape(B, N, T, S) * jnp.asarray(args.scale, args.dtype)
     # As arrays of JAX, positions become an iota of the compiled program, not a constant T x S.
     where = jnp.asarray(args.q_pos), jnp.asarray(args.kv_pos), jnp.asarray(args.head)
     logits = scores.apply(args.score, logits, *where)
