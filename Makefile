@@ -6,7 +6,7 @@
 MAKEFLAGS += --no-builtin-rules
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint bench
+.PHONY: help setup train bench test test-all lint
 
 ARGS ?=
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
@@ -18,6 +18,7 @@ script := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(python) -m
 pytest := MPLBACKEND=Agg HF_HUB_OFFLINE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false \
 	$(python) -m pytest -q -n 2
 
+noise := /already satisfied|^Collecting|^Looking in|━/d
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## show this list
@@ -25,6 +26,7 @@ help:  ## show this list
 	@echo '  ARGS="..." passes flags on: make train ARGS="--config.train.num_steps=200"'
 
 setup: $(venv)/.installed-requirements  ## create .venv and install what the scripts need
+	@echo "$(venv) holds all that requirements.txt names."
 
 train: $(venv)/.installed-requirements  ## train the default model; resumes where it was interrupted
 	$(script) experiments.train $(ARGS)
@@ -49,7 +51,7 @@ $(venv)/.installed-requirements-oracle: | $(venv)/.installed-requirements-test
 
 $(venv)/.installed-%: %.txt | $(venv)/bin/pip
 	@echo "Installing $< into $(venv); the first time this takes a minute or more."
-	@set -o pipefail; $(python) -m pip install -r $< | sed '/already satisfied/d' || { \
+	@set -o pipefail; $(python) -m pip install -r $< | sed -E '$(noise)' || { \
 		echo; \
 		echo "error: the installation failed; pip says above why. Is there a network connection,"; \
 		echo "and room on the disk? The same command tries again; rm -rf $(venv) starts afresh."; \

@@ -51,11 +51,11 @@ def get_config() -> ConfigDict:
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "muon"  # adamw | muon (matrices by Muon, the rest by AdamW)
-    optimizer.learning_rate = 3e-3  # AdamW's peak
+    optimizer.learning_rate = 2e-2  # AdamW's peak
     optimizer.muon_learning_rate = 2e-2  # Muon's peak
     optimizer.schedule = "linear"  # cosine | linear | constant, after the warm-up
     optimizer.warmup_steps = 20
-    optimizer.final_fraction = 0.1  # the schedule ends at this fraction of the peak
+    optimizer.final_fraction = 0.0  # the schedule ends at this fraction of the peak
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.weight_decay = 0.0  # on matrices only
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     optimizer.accumulate = 1  # micro-batches whose gradients are averaged into one step
 
     config.train = train = ConfigDict()
-    train.num_steps = 1000
+    train.num_steps = 1500
     train.batch_size = 16  # windows a step
     train.eval_every = 250  # steps
     train.eval_batches = 20  # random validation batches per evaluation while training
@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     train.keep = 2  # checkpoints kept
     train.log_every = 10  # steps between metrics
     train.steps_per_dispatch = 10  # steps compiled into one call
-    train.cpu_devices = 2  # on a CPU: threads that share a batch; a GPU or TPU ignores it
+    train.cpu_devices = 1  # on a CPU: devices made of it, which share a batch
     train.compute_dtype = "float32"  # float32 | bfloat16; parameters stay float32
     train.remat = False  # recompute activations in the backward pass
     train.sample_tokens = 400  # length of the sample at the end

@@ -1,6 +1,7 @@
 """What every script's command line does: flags, and one clear sentence for a user's mistake."""
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from ml_collections import config_flags
 from qkv_jax.training import CheckpointError
 
 USER_ERROR = 2  # the exit status, as for a misspelt flag
+INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 @contextlib.contextmanager
@@ -25,7 +27,9 @@ def one_sentence() -> Iterator[None]:
     except (ValueError, CheckpointError, FloatingPointError, ImportError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        # For a missing config file, "[Errno 2] ..." ends an account of where it was looked for.
+        reason = str(error).rpartition("] ")[2]
+        fail(f"{error.filename}: {error.strerror}" if error.filename else reason)
 
 
 def fail(message: str) -> None:
@@ -39,21 +43,37 @@ def config_flag() -> flags.FlagHolder:
 
     A misspelt field ends the program here: the overrides are applied where the flag is defined.
     """
-    with _flag_errors():
-        return config_flags.DEFINE_config_file("config", "configs/char_lm.py", "the experiment")
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", "configs/char_lm.py", "the experiment: a Python file, which is executed"
+        )
+    except (AttributeError, KeyError) as error:
+        while isinstance(error.args[0], Exception):
+            error = error.args[0]
+        hint = str(error.args[0]).replace("\nDid you mean", "; did you mean")
+        fail(f"the config has no such field: {hint}")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`app.run`, with the same one sentence for flags that do not parse."""
+def run(main: Callable[[Sequence[str]], None], *, positional: bool = False) -> None:
+    """`app.run`, with the same one sentence for flags that do not parse.
+
+    Args:
+      main: gets what is left of the command line, the program's name first.
+      positional: whether there may be anything left but that name.
+    """
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
     jax.config.parse_flags_with_absl()
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        app.run(main, flags_parser=functools.partial(_parse_flags, positional=positional))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], *, positional: bool) -> list[str]:
     with _flag_errors():
         rest = flags.FLAGS(list(argv))
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         fail(f"unexpected argument {rest[1]!r}; flags start with -- (see --help)")
     return rest
 

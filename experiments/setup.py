@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ from configs import char_lm
 from qkv_jax import data, nn
 from qkv_jax.models import Decoder, DecoderConfig
 from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
-from qkv_jax.training.run_directory import RunDirectory, read_config, write_text_atomic
+from qkv_jax.training.run_directory import (
+    RunDirectory,
+    config_from_json,
+    config_to_json,
+    read_config,
+    write_text_atomic,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,8 @@ class DataConfig:
     context: int
 
     def __post_init__(self) -> None:
-        check("data.context", self.context, self.context >= 1, "an integer >= 1")
+        for name in ("vocab_size", "context"):
+            check(f"data.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         fraction = self.validation_fraction
         check("data.validation_fraction", fraction, 0 < fraction < 1, "a number in (0, 1)")
 
@@ -60,6 +66,9 @@ class TrainConfig:
                      "steps_per_dispatch", "cpu_devices", "sample_tokens"):  # fmt: skip
             check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         check("train.save_every", self.save_every, self.save_every >= 0, "an integer >= 0")
+        dtypes = ("float32", "bfloat16")
+        check("train.compute_dtype", self.compute_dtype, self.compute_dtype in dtypes,
+              f"one of {list(dtypes)}")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +105,13 @@ def resolve(config: ConfigDict) -> Settings:
     Raises:
       ValueError: naming the field, what came and what was wanted.
     """
-    values = config.copy_and_resolve_references().to_dict()
+    # A config file may have added a field by misspelling one: the base knows those that exist.
+    values = config_from_json(config_to_json(config), char_lm.get_config()).to_dict()
     for name, value in _numbers(values):
-        check(name, value, math.isfinite(value), "a finite number")
+        check(name, value, abs(value) <= np.finfo(np.float32).max, "a float32 number")
+    name = values["name"]
+    is_plain = name == Path(name).name and name not in ("", "..")
+    check("name", name, is_plain, "a name for a folder in runs")
     check("seed", values["seed"], 0 <= values["seed"] < 2**31, "an integer in [0, 2**31)")
     settings = Settings(
         name=values["name"],
@@ -160,7 +173,7 @@ def keep_text(run: RunDirectory, text: Text) -> None:
     """Writes the tokenizer and what identifies the corpus, or checks them against those there.
 
     Raises:
-      ValueError: the run was trained on another text.
+      ValueError: the run was trained on another text, or with another tokenizer.
     """
     path = run.path / "corpus.json"
     now = {
@@ -172,12 +185,20 @@ def keep_text(run: RunDirectory, text: Text) -> None:
         "vocab_size": text.tokenizer.vocab_size,
     }
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         if before["sha256"] != now["sha256"]:
             raise ValueError(
                 f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
                 f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
                 "another --workdir"
+            )
+        if data.Tokenizer.load(run.tokenizer).to_json() != text.tokenizer.to_json():
+            raise ValueError(
+                f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
+                "differs from the one built now); choose another --workdir"
             )
         return
     write_text_atomic(run.tokenizer, text.tokenizer.to_json())

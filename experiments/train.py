@@ -23,6 +23,7 @@ from qkv_jax.training.run_directory import RunDirectory, open_run
 from qkv_jax.training.writers import MetricWriter, read_metrics
 
 CONFIG = cli.config_flag()
+flags.declare_key_flag("config")  # so that --help shows it
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's directory; default: runs/<config.name>")
 
 
@@ -71,7 +72,8 @@ def main(_) -> None:
             print(run.report.read_text(encoding="utf-8"))
             return
         print(f"resuming from step {step}")
-    elapsed_before = previous_seconds(run, step)
+    with cli.one_sentence():
+        elapsed_before = previous_seconds(run, step)
 
     # --- The loop: dispatch, then look at what the dispatch before returned ---
     schedule = training.make_schedule(
@@ -101,7 +103,8 @@ def main(_) -> None:
             if now % settings.train.log_every == 0 or now == settings.train.num_steps:
                 learning_rate = float(schedule(now - 1))
                 writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
-        progress.update(first + count, loss=values["loss"], **shown)
+        shown["loss"] = values["loss"]
+        progress.update(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
         batches = (
@@ -114,6 +117,7 @@ def main(_) -> None:
         loss = training.mean_loss(eval_step, state.params, placed)
         writer.write(now, {"validation_loss": loss, "elapsed": elapsed()})
         shown["validation"] = loss
+        progress.update(now, **shown)
 
     shown: dict[str, float] = {}
     with (
@@ -126,7 +130,8 @@ def main(_) -> None:
         training.StopSignal() as stop,
     ):
         pending = None
-        while step < settings.train.num_steps and not stop.requested:
+        stopping = False
+        while step < settings.train.num_steps and not stopping:
             count = steps_to_boundary(step, settings.train)
             batches = data.stacked_windows(
                 text.train,
@@ -147,7 +152,8 @@ def main(_) -> None:
                 pending = None
                 evaluate(state, step)
             save_every = settings.train.save_every
-            if last or stop.requested or (save_every and step % save_every == 0):
+            stopping = stop.requested  # read once: a signal must not come after the save is skipped
+            if last or stopping or (save_every and step % save_every == 0):
                 if pending is not None:
                     record(*pending)
                     pending = None

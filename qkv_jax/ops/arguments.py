@@ -85,6 +85,8 @@ def check(
     if scale is not None and np.shape(scale) != ():
         raise ValueError(f"scale: wanted a number, got {_described(scale)}")
     _check_dropout(dropout_rate, dropout_rng)
+    # NumPy's float64 becomes what JAX has: float32 unless jax_enable_x64 is set.
+    q, k, v, sinks = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (q, k, v, sinks))
     return Arguments(
         q, k, v, mask, score,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -156,7 +158,8 @@ def _positions(positions: Array | None, name: str, B: int, letter: str, length: 
             f"{name}: wanted integers [{letter}] = [{length}] or [B, {letter}] = [{B}, {length}], "
             f"got {_described(positions)}"
         )
-    return positions.astype(np.int32).reshape(-1, length)
+    positions = positions.astype(np.int32)
+    return positions[None] if positions.ndim == 1 else positions
 
 
 def _is_floating(x: Any) -> bool:

@@ -32,7 +32,7 @@ from qkv_jax.ops.mask_algebra import (
     namespace,
     three_valued,
 )
-from qkv_jax.ops.operands import described, is_array, operand
+from qkv_jax.ops.operands import as_jax, described, is_array, operand
 
 __all__ = [
     "ALL", "NONE", "SOME", "And", "Blocks", "Bounds", "Causal", "Chunked", "Dense", "Dilated",
@@ -294,7 +294,10 @@ class FromFunction(Mask):
     f_cover: Callable[..., Array] | None = None
 
     def mask(self, q_pos, kv_pos, head):
-        allowed = self.f(q_pos, kv_pos, head, *self.operands)
+        operands = self.operands
+        if namespace(q_pos, kv_pos, head) is jnp:
+            operands = as_jax(operands)
+        allowed = self.f(q_pos, kv_pos, head, *operands)
         allowed = np.asarray(allowed) if isinstance(allowed, bool) else allowed
         aligned = [x for x in jax.tree.leaves(self.operands) if np.ndim(x) == 4]
         block = np.broadcast_shapes(*(np.shape(x) for x in (q_pos, kv_pos, head, *aligned)))

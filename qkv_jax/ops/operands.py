@@ -163,6 +163,11 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def as_jax(operands: Any) -> Any:
+    """Operands with their NumPy arrays as JAX arrays, which a traced index may index."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, operands)
+
+
 # The pytree. A structure mirrors the fields: _Child where there is a child, else a _Static. It is
 # read off an object that a person built, and remembered in the copies that JAX makes: their
 # children may be anything (None, an axis number, a sharding) and must flatten to the same tree.

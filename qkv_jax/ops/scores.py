@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import positions
-from qkv_jax.ops.operands import Operands, is_array, operand
+from qkv_jax.ops.operands import Operands, as_jax, is_array, operand
 
 Array = jax.Array | np.ndarray
 
@@ -126,7 +126,7 @@ class FromFunction(Score):
     uses_positions = True
 
     def score(self, logits, q_pos, kv_pos, head):
-        scored = self.f(logits, q_pos, kv_pos, head, *self.operands)
+        scored = self.f(logits, q_pos, kv_pos, head, *as_jax(self.operands))
         found = getattr(scored, "dtype", type(scored)), np.shape(scored)
         if found != (logits.dtype, logits.shape):
             raise ValueError(

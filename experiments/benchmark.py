@@ -1,0 +1,299 @@
+"""Speed and quality, measured beside a named peer in one run.
+
+    python -m experiments.benchmark train --text=data/tinyshakespeare.txt \
+        --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
+
+`train` measures this repository's training on Shakespeare's characters, and beside it nanoGPT's own
+`train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
+`--nanogpt_python` a Python that has PyTorch. The table goes to the terminal and to `--out`, with
+the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from qkv_jax.training.run_directory import versions, write_text_atomic
+from qkv_jax.training.writers import read_metrics
+
+TEXT = flags.DEFINE_string("text", "data/tinyshakespeare.txt", "Shakespeare's characters")
+NANOGPT = flags.DEFINE_string("nanogpt", None, "a checkout of karpathy/nanoGPT to run beside")
+NANOGPT_PYTHON = flags.DEFINE_string("nanogpt_python", sys.executable, "a Python with PyTorch")
+REPEATS = flags.DEFINE_integer("repeats", 3, "alternations of the timed runs", lower_bound=1)
+TIMED_STEPS = flags.DEFINE_integer("timed_steps", 300, "steps of a timed run", lower_bound=50)
+OUT = flags.DEFINE_string("out", "results/benchmark_train", "the table, .md and .json")
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = 1.874  # nats: what nanoGPT's CPU setting reached on 2 cores in 62 s
+SECONDS = 62.0
+NANOGPT_SETTING = [
+    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
+    "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
+    "--lr_decay_iters=2000", "--dropout=0.0", "--log_interval=1",
+]  # fmt: skip
+# Runs with nanoGPT's own model.py, in its Python: the loss over the whole validation text.
+NANOGPT_FULL_LOSS = """
+import numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out/ckpt.pt", map_location="cpu", weights_only=False)
+model = GPT(GPTConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval()
+tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", np.uint16).astype(np.int64))
+total, T = 0.0, saved["model_args"]["block_size"]
+with torch.no_grad():
+    for i in range(0, len(tokens) - 1, T):
+        y = tokens[i + 1 : i + T + 1][None]
+        total += model(tokens[i : i + y.shape[1]][None], y)[1].item() * y.shape[1]
+print("full", total / (len(tokens) - 1))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one training process did."""
+
+    rows: list[dict]  # of its metrics
+    output: str
+    seconds: float  # of the process, imports and report included
+    first_step: float  # seconds from the process's start until it reported a step
+    peak_bytes: int
+
+    @property
+    def ms_per_step(self) -> float:
+        """The median over log lines without an evaluation between them."""
+        times = []
+        for before, after in zip(self.rows, self.rows[1:], strict=False):
+            if "loss" in before and "loss" in after:
+                steps = after["step"] - before["step"]
+                times.append((after["elapsed"] - before["elapsed"]) / steps * 1e3)
+        return statistics.median(times)
+
+    @property
+    def validation(self) -> list[dict]:
+        return [row for row in self.rows if "validation_loss" in row]
+
+    @property
+    def full_loss(self) -> float:
+        """The loss over the full validation text, from the printed report."""
+        return float(re.search(r"\| model \| ([\d.]+) \|", self.output)[1])
+
+
+def train(config: str, workdir: Path, *overrides: str) -> Run:
+    """Runs `experiments.train` as a process of its own and watches it."""
+    command = [sys.executable, "-u", "-m", "experiments.train", f"--config=configs/{config}.py",
+               f"--workdir={workdir}", *overrides]  # fmt: skip
+    if config != "char_lm":
+        command.append(f"--config.data.path={Path(TEXT.value).absolute()}")
+    print("$", " ".join(command[2:]), flush=True)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines, first_step = [], float("nan")
+    for line in process.stdout:
+        if line.startswith("step ") and first_step != first_step:
+            first_step = time.perf_counter() - started
+        lines.append(line)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        cli.fail(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
+    return Run(
+        rows=read_metrics(workdir / "metrics.jsonl"),
+        output="".join(lines),
+        seconds=time.perf_counter() - started,
+        first_step=first_step,
+        peak_bytes=usage.ru_maxrss * 1024,
+    )
+
+
+def train_nanogpt(checkout: Path, steps: int) -> tuple[str, float]:
+    """Runs nanoGPT's `train.py`; returns what it printed and its seconds."""
+    command = [NANOGPT_PYTHON.value, "train.py", *NANOGPT_SETTING, f"--max_iters={steps}"]
+    print("$", " ".join(command[1:]), flush=True)
+    started = time.perf_counter()
+    output = _nanogpt(checkout, command)
+    return output, time.perf_counter() - started
+
+
+def nanogpt_ms_per_step(output: str) -> float:
+    """The median time of an iteration without an evaluation; the first ten warm up."""
+    times = re.findall(r"^iter (\d+): .* time ([\d.]+)ms", output, re.M)
+    return statistics.median(float(ms) for i, ms in times if int(i) > 10 and int(i) % 250)
+
+
+def prepare_nanogpt(folder: Path) -> Path:
+    """A copy of the checkout with the text in its own binary form."""
+    checkout = folder / "nanogpt"
+    shutil.copytree(NANOGPT.value, checkout, ignore=shutil.ignore_patterns(".git", "out*"))
+    shutil.copyfile(TEXT.value, checkout / "data/shakespeare_char/input.txt")
+    _nanogpt(checkout, [NANOGPT_PYTHON.value, "data/shakespeare_char/prepare.py"])
+    return checkout
+
+
+def _nanogpt(checkout: Path, command: list[str]) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        cli.fail(f"nanoGPT's {command[1]} failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def benchmark_train() -> None:
+    """Fills the table of training, row by row."""
+    for path in filter(None, (TEXT.value, NANOGPT.value)):
+        if not Path(path).exists():
+            cli.fail(f"{path} does not exist; see --help")
+    rows: list[tuple[str, str, str]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer = prepare_nanogpt(folder) if NANOGPT.value else None
+        rows += step_times(folder, peer)
+        rows += same_setting(folder, peer)
+        rows += fast_recipe(folder)
+        rows += default_run(folder)
+    write(rows)
+
+
+def step_times(folder: Path, peer: Path | None) -> list[tuple[str, str, str]]:
+    """nanoGPT's CPU setting, both sides in turn."""
+    ours, theirs = [], []
+    for i in range(REPEATS.value):
+        run = train(
+            "shakespeare_char_cpu", folder / f"timed_{i}",
+            f"--config.train.num_steps={TIMED_STEPS.value}", "--config.train.save_every=0",
+        )  # fmt: skip
+        ours.append(run.ms_per_step)
+        if peer:
+            theirs.append(nanogpt_ms_per_step(train_nanogpt(peer, TIMED_STEPS.value)[0]))
+    shown = _spread(theirs) if peer else "-"
+    if peer:
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        shown += f" (ours / nanoGPT: {ratio:.2f})"
+    return [("time per step, nanoGPT's CPU setting, ms", shown, _spread(ours))]
+
+
+def same_setting(folder: Path, peer: Path | None) -> list[tuple[str, str, str]]:
+    """2,000 steps of nanoGPT's CPU setting: the estimate both make, and the whole text."""
+    theirs = their_full = their_seconds = "-"
+    if peer:
+        output, seconds = train_nanogpt(peer, 2000)
+        theirs = re.findall(r"step 2000: .* val loss ([\d.]+)", output)[0]
+        full = _nanogpt(peer, [NANOGPT_PYTHON.value, "-c", NANOGPT_FULL_LOSS])
+        their_full = f"{float(full.split()[-1]):.4f}"
+        their_seconds = f"{seconds:.0f}"
+    run = train("shakespeare_char_cpu", folder / "same")
+    return [
+        ("validation loss after 2,000 steps, 20 batches", theirs,
+         f"{run.validation[-1]['validation_loss']:.4f}"),
+        ("the same, full validation text", their_full, f"{run.full_loss:.4f}"),
+        ("the same, seconds of the whole process", their_seconds, f"{run.seconds:.0f}"),
+    ]  # fmt: skip
+
+
+def fast_recipe(folder: Path) -> list[tuple[str, str, str]]:
+    """Our recipe for the CPU at the same size: how soon, and how low."""
+    soon = [
+        train("shakespeare_char_fast", folder / f"soon_{i}", *SOON) for i in range(REPEATS.value)
+    ]
+    reached = [_reached(run) for run in soon]
+    low = train("shakespeare_char_fast", folder / "low")
+    in_time = [row for row in low.validation if row["elapsed"] <= SECONDS]
+    best = min(row["validation_loss"] for row in in_time)
+    return [
+        (f"seconds to validation loss {TARGET}, compilation included", "62", _spread(reached, 1)),
+        ("of these, up to the first step's result", "-",
+         _spread([run.rows[0]["elapsed"] for run in soon], 1)),
+        (f"best validation loss within {SECONDS:.0f} s", f"{TARGET}", f"{best:.4f}"),
+        ("the same run, full validation text at its end", "-",
+         f"{low.full_loss:.4f} after {low.rows[-1]['elapsed']:.0f} s"),
+    ]  # fmt: skip
+
+
+SOON = ["--config.train.num_steps=160", "--config.train.eval_every=20",
+        "--config.train.save_every=0"]  # fmt: skip
+
+
+def _reached(run: Run) -> float:
+    for row in run.validation:
+        if row["validation_loss"] <= TARGET:
+            return row["elapsed"]
+    return float("inf")
+
+
+def default_run(folder: Path) -> list[tuple[str, str, str]]:
+    """The run of `make train`."""
+    run = train("char_lm", folder / "default")
+    return [
+        ("default run: seconds of the whole process", "-", f"{run.seconds:.0f}"),
+        ("default run: seconds from the start to the first steps' report", "-",
+         f"{run.first_step:.1f}"),
+        ("default run: peak resident memory, GB", "-", f"{run.peak_bytes / 1e9:.2f}"),
+        ("default run: full validation loss, nats per character", "-", f"{run.full_loss:.4f}"),
+    ]  # fmt: skip
+
+
+def _spread(values: list[float], digits: int = 1) -> str:
+    middle = statistics.median(values)
+    if len(values) == 1:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def write(rows: list[tuple[str, str, str]]) -> None:
+    """Prints the table and writes it, with what it was made with."""
+    table = ["| what | nanoGPT | ours |", "|---|---:|---:|"]
+    table += [f"| {what} | {theirs} | {ours} |" for what, theirs, ours in rows]
+    made = versions() | {"cores": str(os.cpu_count()), "processor": _processor()}
+    lines = [
+        "# Training on the CPU, beside nanoGPT",
+        "",
+        "`python -m experiments.benchmark train --text=<tinyshakespeare.txt> --nanogpt=<checkout>"
+        f" --nanogpt_python=<python with PyTorch> --repeats={REPEATS.value}`",
+        "",
+        *table,
+        "",
+        "Medians, and the smallest and largest where a figure was repeated. Seconds of ours count "
+        "from the start of `main`, so imports are not in them, and compilation is, except where "
+        "the whole process is named.",
+        "",
+        *(f"- {name}: {value}" for name, value in made.items()),
+        "",
+    ]
+    print("\n" + "\n".join(table))
+    out = Path(OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out.with_suffix(".md"), "\n".join(lines))
+    record = {"rows": rows, "made_with": made}
+    write_text_atomic(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
+
+
+BENCHMARKS = {"train": benchmark_train}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in BENCHMARKS:
+        cli.fail(f"which benchmark? wanted one of {sorted(BENCHMARKS)}, got {argv[1:]}")
+    BENCHMARKS[argv[1]]()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, positional=True))

@@ -1,0 +1,152 @@
+"""What these tests share: the scripts as a person starts them, on a tiny model and a tiny text."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkv_jax.training import load_checkpoint
+from qkv_jax.training.writers import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the cat sat on a mat and looked at its own tail until a dog came by".split()
+
+TINY = (
+    "data.corpus=text_file",
+    "data.context=16",
+    "model.num_layers=1",
+    "model.width=16",
+    "model.num_heads=2",
+    "model.dropout_rate=0.1",  # so that the random numbers must resume too
+    "optimizer.name=adamw",
+    "train.num_steps=20",
+    "train.batch_size=4",
+    "train.eval_every=7",
+    "train.eval_batches=2",
+    "train.save_every=5",
+    "train.log_every=2",
+    "train.steps_per_dispatch=3",
+    "train.sample_tokens=23",
+    "train.cpu_devices=2",
+)
+LOGGED = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+EVALUATED = [7, 14, 20]
+
+# A training step of this model takes a millisecond: too short to send a signal in.
+_SLOWLY = """
+import runpy, time
+from qkv_jax.training import Checkpointer
+check = Checkpointer.check
+Checkpointer.check = lambda self: (time.sleep({pause}), check(self))
+runpy.run_module("experiments.{script}", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True)
+class Scripts:
+    """Starts `python -m experiments.<script>`; equal programs are compiled once for all tests."""
+
+    folder: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus.txt"
+
+    def write_corpus(self) -> None:
+        choose = random.Random(0).choice
+        self.corpus.write_text(" ".join(choose(WORDS) for _ in range(701)) + ".\n")
+
+    def start(self, script: str, *flags: str, pause: float = 0.0) -> subprocess.Popen:
+        """The script's process; `pause`: seconds that each dispatch of training steps waits."""
+        code = ["-c", _SLOWLY.format(script=script, pause=pause)]
+        what = code if pause else ["-m", f"experiments.{script}"]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        environment.pop("JAX_NUM_CPU_DEVICES", None)
+        return subprocess.Popen(
+            [sys.executable, *what, *flags],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def run(self, script: str, *flags: str) -> subprocess.CompletedProcess:
+        return finish(self.start(script, *flags))
+
+    def start_training(self, workdir: Path, *fields: str, pause: float = 0.0) -> subprocess.Popen:
+        """Trains the tiny model; `fields`, such as `train.num_steps=26`, override its config."""
+        settings = (f"data.path={self.corpus}", *TINY, *fields)
+        flags = [f"--config.{setting}" for setting in settings]
+        return self.start("train", f"--workdir={workdir}", *flags, pause=pause)
+
+    def train(self, workdir: Path, *fields: str) -> subprocess.CompletedProcess:
+        return finish(self.start_training(workdir, *fields))
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Returns as soon as the condition holds, while the process still runs."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+
+
+def has_logged(workdir: Path, step: int) -> bool:
+    metrics = workdir / "metrics.jsonl"
+    return metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))
+
+
+def is_saving(workdir: Path, step: int) -> bool:
+    return any(workdir.glob(f"checkpoints/{step}.orbax-checkpoint-tmp*"))
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """The metrics, without how long it took."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{name: row[name] for name in row if name != "elapsed"} for row in rows]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Parameters, optimizer state and metrics equal to the bit; so is what the model writes."""
+    step, leaves = load_checkpoint(actual / "checkpoints")
+    expected_step, expected_leaves = load_checkpoint(expected / "checkpoints")
+    assert step == expected_step
+    assert list(leaves) == list(expected_leaves)
+    for name, leaf in leaves.items():
+        assert leaf.tobytes() == expected_leaves[name].tobytes(), name
+    assert numbers(actual) == numbers(expected)
+    assert (actual / "sample.txt").read_text() == (expected / "sample.txt").read_text()
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess, *words: str) -> None:
+    """The script ended as for a user's mistake: one line that holds the words, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in words), done.stderr

@@ -1,0 +1,138 @@
+"""What README.md, docs/ and the configs say is true: code runs, flags and files exist."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from configs import char_lm
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def run(blocks: list[str]) -> str:
+    """Executes blocks of Python in one namespace; returns what they print."""
+    namespace, printed = {"__name__": "__main__"}, io.StringIO()
+    with redirect_stdout(printed):
+        for i, block in enumerate(blocks):
+            exec(compile(block, f"<block {i}>", "exec"), namespace)
+    return printed.getvalue()
+
+
+def test_the_code_of_the_readme_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) >= 4
+    printed = run(blocks)
+    assert "the cat sat on the mat" in printed  # what the model of the last block has learned
+
+
+def notebook_cells() -> list[str]:
+    """The code of the notebook, without IPython's magic lines."""
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    return [re.sub(r"^%.*$", "", cell, flags=re.M) for cell in cells]
+
+
+def test_the_notebook_runs():
+    matplotlib.use("Agg")
+    printed = run(notebook_cells())
+    assert "largest influence of a later value: 0.0" in printed
+    assert float(re.search(r"validation loss ([\d.]+)", printed).group(1)) < 2.4  # bigram: 2.6
+
+
+def first_cell(folder: Path) -> subprocess.CompletedProcess:
+    """Runs the notebook's first cell in a folder, then imports the library there."""
+    code = notebook_cells()[0] + "\nimport qkv_jax; print(qkv_jax.__file__)"
+    script = folder / "cell.py"
+    script.write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-P", script], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_the_notebook_finds_a_clone_beside_it_and_above_it(tmp_path):
+    (tmp_path / "a clone").symlink_to(ROOT)
+    inside = tmp_path / "inside" / "docs"
+    inside.mkdir(parents=True)
+    (tmp_path / "inside" / "qkv_jax").symlink_to(ROOT / "qkv_jax")
+    for folder in (tmp_path, inside):
+        assert "__init__.py" in first_cell(folder).stdout
+
+
+def test_the_notebook_says_so_where_there_is_no_clone(tmp_path):
+    done = first_cell(tmp_path)
+    assert done.returncode != 0 and "found no clone of qkv_jax" in done.stderr
+
+
+def fields() -> set[str]:
+    """Every field of a config, dotted."""
+    config = char_lm.get_config()
+    names = {name for name in config if not hasattr(config[name], "keys")}
+    for group in set(config) - names:
+        names |= {f"{group}.{name}" for name in config[group]}
+    return names
+
+
+MENTIONING = [
+    *PAGES, ROOT / "Makefile", *(ROOT / "configs").glob("*.py"),
+    *(ROOT / "experiments").glob("*.py"), ROOT / "docs" / "quickstart.ipynb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", MENTIONING, ids=lambda path: path.name)
+def test_every_flag_that_is_mentioned_is_a_field(path):
+    text = path.read_text(encoding="utf-8")
+    mentioned = set(re.findall(r"--config\.([a-z_.0-9]*[a-z0-9])=", text))
+    assert mentioned - {"field"} <= fields()  # --config.field=value stands for any
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#]+)", text)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:qkv_jax|ops|nn|models|experiments|configs|tests)/[\w/.]+)`", text)
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "qkv_jax" / name).exists(), name
+
+
+def tree() -> dict[str, str]:
+    """The README's tree: path -> what stands beside it."""
+    block = re.search(r"^```text\n(qkv_jax/.*?)^```", README, re.M | re.S).group(1)
+    found, folders = {}, []
+    for line in block.splitlines():
+        name, _, said = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+            name = ""
+        found["".join(folders) + name] = said.strip()
+    return found
+
+
+def test_the_tree_of_the_readme_has_a_line_for_every_file():
+    said = tree()
+    assert all(said.values())
+    missing = [name for name in said if not (ROOT / name).exists()]
+    assert not missing, f"README.md's tree names what does not exist: {missing}"
+    for folder in ("qkv_jax", "experiments", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.name != "__init__.py":
+                assert name in said, f"README.md's tree lacks {name}"
