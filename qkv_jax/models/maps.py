@@ -1,5 +1,6 @@
 """The attention weights of a model's layers, for looking."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,12 +32,14 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
 
         return watched
 
-    own = [block.mixer.op for block in model.blocks]
+    config, own = model.config, [block.mixer.op for block in model.blocks]
     try:
+        model.config = dataclasses.replace(config, remat=False)  # what it computes cannot be kept
         for block in model.blocks:
             block.mixer.op = watch(block.mixer.op)
         model(tokens)
     finally:
         for block, op in zip(model.blocks, own, strict=True):
             block.mixer.op = op
+        model.config = config
     return jnp.stack(maps)

@@ -13,7 +13,7 @@ from qkv_jax.training import load_checkpoint
 from qkv_jax.training.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the cat sat on a mat and looked at its own tail until a dog came by".split()
+WORDS = "the cat sat on a mat and looked at its own tail until a dog came by"
 
 TINY = (
     "data.corpus=text_file",
@@ -58,7 +58,7 @@ class Scripts:
 
     def write_corpus(self) -> None:
         choose = random.Random(0).choice
-        self.corpus.write_text(" ".join(choose(WORDS) for _ in range(701)) + ".\n")
+        self.corpus.write_text(" ".join(choose(WORDS.split()) for _ in range(701)) + ".\n")
 
     def start(self, script: str, *flags: str, pause: float = 0.0) -> subprocess.Popen:
         """The script's process; `pause`: seconds that each dispatch of training steps waits."""
@@ -95,7 +95,7 @@ class Scripts:
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
