@@ -32,7 +32,7 @@ train: $(venv)/.installed-requirements  ## train the default model; resumes wher
 	$(script) experiments.train $(ARGS)
 
 bench: $(venv)/.installed-requirements  ## time what the README's tables claim
-	$(script) experiments.benchmark $(ARGS)
+	$(script) experiments.benchmark $(or $(ARGS),train)
 
 test: $(venv)/.installed-requirements-test  ## run the tests, except the slow ones and the oracles
 	$(pytest) -m "not slow and not oracle" $(ARGS)

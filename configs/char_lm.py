@@ -18,12 +18,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
-    data.path = placeholder(
-        str
-    )  # text_file: one file, a glob, or a directory of text files (UTF-8)
+    data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
     data.tokenizer = "char"  # char | byte | bpe
     data.vocab_size = 4096  # bpe: entries of the vocabulary to train
-    data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json instead of training one
+    data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json, train none
     data.validation_fraction = 0.1  # the last part of the text, never trained on
     data.context = 128  # tokens a training window has
 
@@ -33,7 +31,7 @@ def get_config() -> ConfigDict:
     model.num_heads = 4  # N
     model.num_kv_heads = placeholder(int)  # K; None: as many as heads (1: multi-query)
     model.head_dim = placeholder(int)  # H; None: width / num_heads
-    model.mixer = "attention"  # what mixes tokens; the names stand in qkv_jax.models.decoder.MIXERS
+    model.mixer = "attention"  # what mixes tokens: a name in models.decoder.MIXERS
     model.mlp_width = placeholder(int)  # F; None: 4 * width
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu_squared
     model.norm = "rms"  # layer | rms

@@ -19,6 +19,7 @@ def main(_) -> None:
     with cli.one_sentence():
         trained = setup.load_run(WORKDIR.value)
         text = setup.load_text(trained.settings.data, trained.tokenizer)
+        setup.keep_text(trained.run, text)  # the text may have changed since the training
         if TEXT.value is not None:
             other = data.text_file(TEXT.value)
             tokens = data.pack_tokens(

@@ -19,7 +19,9 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of the promp
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; > 0")
 TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
 TOP_P = flags.DEFINE_float("top_p", None, "keep the likeliest tokens that reach p together")
-SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
+)
 
 
 def main(_) -> None:

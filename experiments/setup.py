@@ -108,7 +108,7 @@ def resolve(config: ConfigDict) -> Settings:
     # A config file may have added a field by misspelling one: the base knows those that exist.
     values = config_from_json(config_to_json(config), char_lm.get_config()).to_dict()
     for name, value in _numbers(values):
-        check(name, value, abs(value) <= np.finfo(np.float32).max, "a float32 number")
+        check(name, value, abs(value) <= float(np.finfo(np.float32).max), "a float32 number")
     name = values["name"]
     is_plain = name == Path(name).name and name not in ("", "..")
     check("name", name, is_plain, "a name for a folder in runs")

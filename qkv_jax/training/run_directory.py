@@ -21,6 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import qkv_jax
+
 log = logging.getLogger(__name__)
 
 # What a run may be resumed with other values of: none of them changes the steps already taken.
@@ -178,8 +180,12 @@ def versions() -> dict[str, str]:
     """What computed a run: Python, the libraries, the device, the commit. Never fails."""
     import jax
 
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("qkv_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "qkv_jax": qkv_jax.__version__,
+    }
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from qkv_jax.training import load_checkpoint
 from tests.experiments.runs import (
+    SLOWLY,
     assert_one_sentence,
     assert_same_run,
     files_of,
@@ -24,8 +24,6 @@ from tests.experiments.runs import (
     wait_until,
 )
 
-PAUSE = 0.15  # seconds that a dispatch of at most three steps waits, so that signals find it busy
-
 
 def kill(process):
     process.kill()
@@ -35,12 +33,12 @@ def kill(process):
 def test_a_run_killed_while_saving_and_again_while_training_ends_the_same(
     scripts, finished, tmp_path
 ):
-    process = scripts.start_training(tmp_path, pause=PAUSE)
+    process = scripts.start_training(tmp_path, patch=SLOWLY)
     wait_until(lambda: is_saving(tmp_path, 10), process)
     kill(process)
     assert saved_steps(tmp_path) == [5]
 
-    process = scripts.start_training(tmp_path, pause=PAUSE)
+    process = scripts.start_training(tmp_path, patch=SLOWLY)
     wait_until(lambda: has_logged(tmp_path, 12), process)
     kill(process)
 
@@ -62,15 +60,14 @@ def test_a_run_killed_at_random_points_ends_the_same(scripts, tmp_path, seed):
     assert done.returncode == 0, done.stderr
 
     workdir, choose = tmp_path / "killed", random.Random(seed)
-    for kills in range(1, 5):
-        process = scripts.start_training(workdir, *fields, pause=PAUSE)
-        step = 4 * (kills + choose.randrange(2))
+    for target in (8, 16, 24, 32):
+        process = scripts.start_training(workdir, *fields, patch=SLOWLY)
         if choose.random() < 0.5:
-            wait_until(lambda step=step: is_saving(workdir, step + 4), process)
+            wait_until(lambda target=target: is_saving(workdir, target), process)
             time.sleep(choose.uniform(0, 0.05))
         else:
-            wait_until(lambda step=step: has_logged(workdir, step), process)
-            time.sleep(choose.uniform(0, 2 * PAUSE))
+            wait_until(lambda target=target: has_logged(workdir, target), process)
+            time.sleep(choose.uniform(0, 0.3))
         kill(process)
     done = scripts.train(workdir, *fields)
     assert done.returncode == 0, done.stderr
@@ -87,7 +84,7 @@ def test_a_run_killed_at_random_points_ends_the_same(scripts, tmp_path, seed):
 def test_a_signal_stops_a_run_after_its_step_saved_and_resumable(
     scripts, finished, tmp_path, number
 ):
-    process = scripts.start_training(tmp_path, "train.save_every=0", pause=PAUSE)
+    process = scripts.start_training(tmp_path, "train.save_every=0", patch=SLOWLY)
     wait_until(lambda: has_logged(tmp_path, 4), process)
     asked = time.monotonic()
     process.send_signal(number)
@@ -114,7 +111,7 @@ def limit_file_size(process, size):
 def test_a_full_disk_ends_the_run_in_one_sentence_and_it_resumes_when_there_is_room(
     scripts, finished, tmp_path
 ):
-    process = scripts.start_training(tmp_path, pause=PAUSE)
+    process = scripts.start_training(tmp_path, patch=SLOWLY)
     wait_until(lambda: 5 in saved_steps(tmp_path), process)
     limit_file_size(process, 2**12)  # a checkpoint is larger, a line of metrics is not
     done = finish(process)
@@ -215,6 +212,17 @@ def test_when_no_checkpoint_can_be_read_all_are_kept_and_one_sentence_says_so(
     assert files_of(workdir) == before
 
 
+def test_a_run_killed_before_its_report_writes_it_and_trains_no_more(scripts, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for name in ("report.md", "sample.txt", "figures/loss.png"):
+        (workdir / name).unlink()
+    done = scripts.train(workdir)
+    assert done.returncode == 0 and "resuming from step 20" in done.stdout, done.stderr
+    assert files_of(workdir).keys() >= {"report.md", "figures/loss.png"}
+    assert_same_run(workdir, finished)
+
+
 def test_metrics_damaged_by_hand_end_in_one_sentence(scripts, finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -225,29 +233,23 @@ def test_metrics_damaged_by_hand_end_in_one_sentence(scripts, finished, tmp_path
     assert saved_steps(workdir) == [15, 20]
 
 
-SIGNAL_AFTER_THE_DECISION_TO_SAVE = """
-import runpy
+ASKED_TO_STOP_FROM_THE_NTH_LOOK_ON = """
 from qkv_jax.training import StopSignal
-asked = 0
-def requested(self):  # comes true between two looks at it, whichever comes next
-    global asked
-    asked += 1
+looks = 0
+def requested(self):
+    global looks
+    looks += 1
     self.name = "SIGTERM"
-    return asked > {looks}
+    return looks >= {n}
 StopSignal.requested = property(requested, lambda self, value: None)
-runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("looks", [1, 2, 3, 4])
-def test_a_signal_at_any_moment_of_the_loop_is_followed_by_a_save(scripts, tmp_path, looks):
-    process = scripts.start_training(tmp_path, "train.save_every=0")
-    process.kill()
-    process.communicate()
-    flags = [flag for flag in process.args if flag.startswith("--")]
-    code = SIGNAL_AFTER_THE_DECISION_TO_SAVE.format(looks=looks)
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_signal_at_any_moment_of_the_loop_is_followed_by_a_save(scripts, tmp_path, n):
+    patch = ASKED_TO_STOP_FROM_THE_NTH_LOOK_ON.format(n=n)
+    done = scripts.train(tmp_path, "train.save_every=0", patch=patch)
     assert done.returncode == 0, done.stderr
     (step,) = saved_steps(tmp_path)
     assert f"after step {step}, saved" in done.stdout

@@ -37,12 +37,11 @@ LOGGED = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 EVALUATED = [7, 14, 20]
 
 # A training step of this model takes a millisecond: too short to send a signal in.
-_SLOWLY = """
-import runpy, time
+SLOWLY = """
+import time
 from qkv_jax.training import Checkpointer
 check = Checkpointer.check
-Checkpointer.check = lambda self: (time.sleep({pause}), check(self))
-runpy.run_module("experiments.{script}", run_name="__main__", alter_sys=True)
+Checkpointer.check = lambda self: (time.sleep(0.15), check(self))  # once a dispatch
 """
 
 
@@ -60,10 +59,11 @@ class Scripts:
         choose = random.Random(0).choice
         self.corpus.write_text(" ".join(choose(WORDS.split()) for _ in range(701)) + ".\n")
 
-    def start(self, script: str, *flags: str, pause: float = 0.0) -> subprocess.Popen:
-        """The script's process; `pause`: seconds that each dispatch of training steps waits."""
-        code = ["-c", _SLOWLY.format(script=script, pause=pause)]
-        what = code if pause else ["-m", f"experiments.{script}"]
+    def start(self, script: str, *flags: str, patch: str = "") -> subprocess.Popen:
+        """The script's process; `patch` is Python that runs before it."""
+        module = f"experiments.{script}"
+        run = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        what = ["-c", patch + run] if patch else ["-m", module]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
@@ -83,14 +83,14 @@ class Scripts:
     def run(self, script: str, *flags: str) -> subprocess.CompletedProcess:
         return finish(self.start(script, *flags))
 
-    def start_training(self, workdir: Path, *fields: str, pause: float = 0.0) -> subprocess.Popen:
+    def start_training(self, workdir: Path, *fields: str, patch: str = "") -> subprocess.Popen:
         """Trains the tiny model; `fields`, such as `train.num_steps=26`, override its config."""
         settings = (f"data.path={self.corpus}", *TINY, *fields)
         flags = [f"--config.{setting}" for setting in settings]
-        return self.start("train", f"--workdir={workdir}", *flags, pause=pause)
+        return self.start("train", f"--workdir={workdir}", *flags, patch=patch)
 
-    def train(self, workdir: Path, *fields: str) -> subprocess.CompletedProcess:
-        return finish(self.start_training(workdir, *fields))
+    def train(self, workdir: Path, *fields: str, patch: str = "") -> subprocess.CompletedProcess:
+        return finish(self.start_training(workdir, *fields, patch=patch))
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -114,7 +114,8 @@ def has_logged(workdir: Path, step: int) -> bool:
 
 
 def is_saving(workdir: Path, step: int) -> bool:
-    return any(workdir.glob(f"checkpoints/{step}.orbax-checkpoint-tmp*"))
+    begun = workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")
+    return any(int(path.name.partition(".")[0]) >= step for path in begun)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -127,9 +128,16 @@ def numbers(workdir: Path) -> list[dict]:
     return [{name: row[name] for name in row if name != "elapsed"} for row in rows]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+def files_of(workdir: Path) -> dict[str, bytes]:
+    """The files by name, without that which says what last computed: an edit here changes it."""
+    found = (path for path in workdir.rglob("*") if path.is_file())
+    files = {str(path.relative_to(workdir)): path.read_bytes() for path in found}
+    return {name: content for name, content in files.items() if name != "versions.json"}
+
+
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    """The lines on the standard error, without what an edit or commit between two runs causes."""
+    return [line for line in done.stderr.splitlines() if "with other versions" not in line]
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
@@ -147,6 +155,6 @@ def assert_same_run(actual: Path, expected: Path) -> None:
 def assert_one_sentence(done: subprocess.CompletedProcess, *words: str) -> None:
     """The script ended as for a user's mistake: one line that holds the words, no traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
+    lines = messages(done)
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert all(word in lines[0] for word in words), done.stderr
