@@ -10,7 +10,8 @@ The model, optimizer, schedule, batch and loss estimate of
         --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
         --lr_decay_iters=2000 --dropout=0.0
 
-for which nanoGPT's README gives a validation loss of 1.88.
+for which nanoGPT's README gives a validation loss of 1.88. Reached on two CPU cores in 95 s: 1.9018
+over the full validation text (nanoGPT beside it: 1.8983), 1.9345 over 20 batches (1.8857).
 """
 
 from ml_collections import ConfigDict

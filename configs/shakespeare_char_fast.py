@@ -1,4 +1,11 @@
-"""Shakespeare's characters at the size of `shakespeare_char_cpu`, as fast as a CPU learns them."""
+"""Shakespeare's characters at the size of `shakespeare_char_cpu`, as fast as a CPU learns them.
+
+    make train ARGS="--config=configs/shakespeare_char_fast.py"
+
+The text: see `shakespeare_char_cpu.py`. Rotary positions, QK-norm, squared ReLU, zero-initialised
+outputs, an untied head with a soft cap, and Muon. Reached on two CPU cores: 1.6479 over 20 batches
+in 58 s, 1.6559 over the full validation text; 1.874 after 26 s, compilation included.
+"""
 
 from ml_collections import ConfigDict
 

@@ -36,8 +36,8 @@ TIMED_STEPS = flags.DEFINE_integer("timed_steps", 300, "steps of a timed run", l
 OUT = flags.DEFINE_string("out", "results/benchmark_train", "the table, .md and .json")
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = 1.874  # nats: what nanoGPT's CPU setting reached on 2 cores in 62 s
-SECONDS = 62.0
+# nats and seconds: what nanoGPT's CPU setting reached on 2 cores when it was measured first
+TARGET, SECONDS = 1.874, 62.0
 NANOGPT_SETTING = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
     "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
@@ -47,7 +47,7 @@ NANOGPT_SETTING = [
 NANOGPT_FULL_LOSS = """
 import numpy as np, torch
 from model import GPT, GPTConfig
-saved = torch.load("out/ckpt.pt", map_location="cpu", weights_only=False)
+saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=False)
 model = GPT(GPTConfig(**saved["model_args"]))
 model.load_state_dict(saved["model"])
 model.eval()
@@ -211,10 +211,10 @@ def fast_recipe(folder: Path) -> list[tuple[str, str, str]]:
     in_time = [row for row in low.validation if row["elapsed"] <= SECONDS]
     best = min(row["validation_loss"] for row in in_time)
     return [
-        (f"seconds to validation loss {TARGET}, compilation included", "62", _spread(reached, 1)),
+        (f"seconds to validation loss {TARGET}, compilation included", "-", _spread(reached, 1)),
         ("of these, up to the first step's result", "-",
          _spread([run.rows[0]["elapsed"] for run in soon], 1)),
-        (f"best validation loss within {SECONDS:.0f} s", f"{TARGET}", f"{best:.4f}"),
+        (f"best validation loss within {SECONDS:.0f} s", "-", f"{best:.4f}"),
         ("the same run, full validation text at its end", "-",
          f"{low.full_loss:.4f} after {low.rows[-1]['elapsed']:.0f} s"),
     ]  # fmt: skip

@@ -67,7 +67,9 @@ def run(main: Callable[[Sequence[str]], None], *, positional: bool = False) -> N
         app.run(main, flags_parser=functools.partial(_parse_flags, positional=positional))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # sys.exit may crash while XLA still compiles
 
 
 def _parse_flags(argv: Sequence[str], *, positional: bool) -> list[str]:

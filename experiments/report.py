@@ -119,20 +119,20 @@ def _markdown(
     validation = [row for row in rows if "validation_loss" in row]
     best = min(validation, key=lambda row: row["validation_loss"])
     train = settings.train
-    tokens = train.num_steps * train.batch_size * settings.optimizer.accumulate
-    tokens *= settings.data.context
+    windows = train.batch_size * settings.optimizer.accumulate  # a step
+    tokens = train.num_steps * windows * settings.data.context
     lines = [
         f"# {settings.name}",
         "",
         f"A decoder of {nn.count(params):,} parameters, {train.num_steps:,} steps of "
-        f"{train.batch_size * settings.optimizer.accumulate} windows of {settings.data.context} "
-        f"tokens ({tokens:,} tokens) in {seconds:.0f} s, compiling and evaluating included.",
+        f"{windows} windows of {settings.data.context} tokens ({tokens:,} tokens) in "
+        f"{seconds:.0f} s, compiling and evaluating included.",
         "",
         "## Loss over the full validation text",
         "",
         scores_table(scores, text),
         "",
-        f"While training, over {train.eval_batches * train.batch_size} random windows: best "
+        f"While training, over {train.eval_batches * windows} random windows: best "
         f"{best['validation_loss']:.4f} at step {best['step']}, last "
         f"{validation[-1]['validation_loss']:.4f}. The floors are predictors that count, with "
         "add-one smoothing.",

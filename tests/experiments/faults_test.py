@@ -86,13 +86,11 @@ def test_a_signal_stops_a_run_after_its_step_saved_and_resumable(
 ):
     process = scripts.start_training(tmp_path, "train.save_every=0", patch=SLOWLY)
     wait_until(lambda: has_logged(tmp_path, 4), process)
-    asked = time.monotonic()
     process.send_signal(number)
     done = finish(process)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - asked < 30  # the machine may be busy
     (step,) = saved_steps(tmp_path)
-    assert 4 <= step < 20
+    assert 4 <= step < 20  # at once: the rest would have taken two seconds
     stopped = f"stopped by {number.name} after step {step}, saved; the same command goes on"
     assert stopped in done.stdout and "Traceback" not in done.stderr
     assert not (tmp_path / "report.md").exists()

@@ -34,8 +34,7 @@ def with_parameters_of(ours, **kwargs):
     return nn.merge(graphdef, params)
 
 
-@pytest.mark.parametrize("num_kv_heads", [None, 3, 1])
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(("use_bias", "num_kv_heads"), [(True, None), (False, 3), (True, 1)])
 def test_self_attention_is_flax_s(use_bias, num_kv_heads):
     ours = attention(use_bias=use_bias, num_kv_heads=num_kv_heads)
     theirs = with_parameters_of(ours, use_bias=use_bias, num_kv_heads=num_kv_heads)

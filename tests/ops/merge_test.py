@@ -34,11 +34,11 @@ def whole(q, k, v):
     return part(q, k, v, 0, S)
 
 
-@pytest.mark.parametrize("ends", [(1,), (3,), (6,), (2, 3, 5), (0,), (S,), (0, 0, 4, S)], ids=repr)
+@pytest.mark.parametrize("ends", [(1,), (2, 3, 5), (0,), (S,)], ids=repr)
 def test_parts_give_the_whole(ends):
     with jax.enable_x64(True):
-        out, stats = merged(Q, KEYS, V, ends)
-        expected_out, expected = whole(Q, KEYS, V)
+        out, stats = jax.jit(lambda *x: merged(*x, ends))(Q, KEYS, V)
+        expected_out, expected = jax.jit(whole)(Q, KEYS, V)
         assert np.isneginf(expected.lse).any()  # the mask leaves some rows without a key
         assert_close(out, expected_out)
         for name in ("lse", "max_logit", "entropy"):
@@ -71,14 +71,17 @@ def test_no_gradient_of_empty_parts_is_nan():
             out, stats = merged(q, k, v, (0, 2))
             return (out**2).sum() + stats.entropy.sum()
 
-        for gradient in jax.grad(loss, argnums=(0, 1, 2))(*(jnp.float32(x) for x in (Q, KEYS, V))):
+        for gradient in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(Q, KEYS, V):
             assert np.isfinite(gradient).all()
 
 
 def test_the_order_of_the_parts_does_not_matter():
-    first, second = part(Q, KEYS, V, 0, 4), part(Q, KEYS, V, 4, S)
-    forward, backward = ops.merge(*first, *second), ops.merge(*second, *first)
-    jax.tree.map(assert_close, jax.tree.leaves(forward), jax.tree.leaves(backward))
+    @jax.jit
+    def both_ways(q, k, v):
+        first, second = part(q, k, v, 0, 4), part(q, k, v, 4, S)
+        return ops.merge(*first, *second), ops.merge(*second, *first)
+
+    jax.tree.map(assert_close, *both_ways(Q, KEYS, V))
 
 
 def test_very_different_parts_do_not_overflow():
