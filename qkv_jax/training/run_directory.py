@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import qkv_jax
+from qkv_jax import __version__
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "qkv_jax": qkv_jax.__version__,
+        "qkv_jax": __version__,
     }
     for name in ("jax", "jaxlib", "flax", "optax", "numpy"):
         try:

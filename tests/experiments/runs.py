@@ -15,23 +15,42 @@ from qkv_jax.training.writers import read_metrics
 ROOT = Path(__file__).parents[2]
 WORDS = "the cat sat on a mat and looked at its own tail until a dog came by"
 
+# Everything that a test counts on: the defaults are free to become better.
 TINY = (
     "data.corpus=text_file",
+    "data.tokenizer=char",
+    "data.validation_fraction=0.1",
     "data.context=16",
     "model.num_layers=1",
     "model.width=16",
     "model.num_heads=2",
+    "model.activation=relu_squared",
+    "model.norm=rms",
+    "model.position=rotary",
+    "model.qk_norm=True",
+    "model.use_bias=False",
+    "model.tie_embeddings=False",
+    "model.zero_init_outputs=True",
+    "model.logit_softcap=15.0",
     "model.dropout_rate=0.1",  # so that the random numbers must resume too
     "optimizer.name=adamw",
+    "optimizer.learning_rate=3e-3",
+    "optimizer.schedule=linear",
+    "optimizer.warmup_steps=20",
+    "optimizer.b2=0.95",
+    "optimizer.clip_norm=1.0",
     "train.num_steps=20",
     "train.batch_size=4",
     "train.eval_every=7",
     "train.eval_batches=2",
     "train.save_every=5",
+    "train.keep=2",
     "train.log_every=2",
     "train.steps_per_dispatch=3",
-    "train.sample_tokens=23",
     "train.cpu_devices=2",
+    "train.compute_dtype=float32",
+    "train.remat=False",
+    "train.sample_tokens=23",
 )
 LOGGED = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 EVALUATED = [7, 14, 20]
@@ -98,6 +117,7 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
         out, err = process.communicate(timeout=600)
     finally:
         process.kill()
+        process.wait()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -21,6 +21,7 @@ def make_config(corpus, fields=()) -> ConfigDict:
     """The default config on a text file, with some other `fields`: their values by dotted name."""
     config = char_lm.get_config()
     config.data.update(corpus="text_file", path=str(corpus), context=13)
+    config.model.update(width=128, num_heads=4, position="rotary")
     config.update_from_flattened_dict(dict(fields))
     return config
 

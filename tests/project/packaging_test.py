@@ -76,7 +76,9 @@ def checkout(tmp_path):
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    # Without what the make that runs the tests hands down: its own flags and variables.
+    handed_down = {name for name in os.environ if "MAKE" in name} | {"ARGS", "PYTHON"}
+    environment = {k: v for k, v in os.environ.items() if k not in handed_down}
     command = ["make", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
