@@ -160,22 +160,22 @@ def test_what_jax_nn_can_express_is_what_jax_nn_computes(name, implementation):
     assert_close(gradients["v"], expected[1][2], scale=2)
 
 
+@pytest.mark.parametrize("traced", ["all arrays", "the queries alone"])
 @every_implementation
 @every_case
-def test_all_arguments_may_be_traced(name, implementation):
-    """The mask's arrays and the positions as arguments of jit, not as constants."""
+def test_any_array_may_be_an_argument_of_jit_or_a_constant(name, implementation, traced):
     case = CASES[name]
-    arrays = {key: x for key, x in case.others.items() if key not in ("scale", "dropout_rate")}
-    numbers = {key: x for key, x in case.others.items() if key not in arrays}
-
-    def call(inputs, arrays):
-        return ops.attention(**inputs, **arrays, **numbers, implementation=implementation)
-
-    out = jax.eval_shape(
-        call, jax.tree.map(lambda x: jnp.asarray(x, "bfloat16"), case.inputs), arrays
-    )
+    numbers = {"implementation": implementation}
+    numbers |= {key: case.others[key] for key in ("scale", "dropout_rate") if key in case.others}
+    arrays = {key: x for key, x in case.others.items() if key not in numbers}
+    if traced == "all arrays":
+        call = lambda inputs, arrays: ops.attention(**inputs, **arrays, **numbers)  # noqa: E731
+        out = jax.eval_shape(call, case.inputs, arrays)
+    else:
+        given = case.inputs | arrays | numbers
+        out = jax.eval_shape(lambda q: ops.attention(**(given | {"q": q})), case.inputs["q"])
     assert out.shape == case.inputs["q"].shape[:3] + case.inputs["v"].shape[3:]
-    assert out.dtype == "bfloat16"
+    assert out.dtype == "float32"
 
 
 @every_implementation
@@ -236,18 +236,27 @@ def test_the_output_has_the_dtype_of_the_values(implementation):
     assert_close(out, wide.astype("bfloat16"), scale=0.5)
 
 
-def test_float64_is_computed_in_float64():
-    """The softmax too: that of jax.nn is float32 whatever it is given."""
-    case = CASES["causal"]
-    expected = numpy_attention(case, **case.inputs)["out"]
-    out, *_ = results("causal", "reference", "float64")
-    assert np.abs(out - expected).max() < 1e-14
+@every_implementation
+@pytest.mark.parametrize("name", ["causal_last_queries", "everything_at_once"])
+def test_float64_is_computed_in_float64(name, implementation):
+    """With inputs that no narrower dtype holds, and the softmax too: that of jax.nn is float32."""
+    case = CASES[name]
+    inputs = jax.tree.map(lambda x: x * np.pi / 3, case.inputs)
+    expected = numpy_attention(case, **inputs)
     with jax.enable_x64(True):
-        q, k, v = (jnp.asarray(case.inputs[x]) for x in "qkv")
-        no_bias, cotangent = jnp.zeros((1, 1, 1, 1)), jnp.zeros(out.shape)
-        q = q * q.shape[-1] ** -0.5
-        theirs, _ = jax_nn_attention()(q, k, v, no_bias, allowed(case), cotangent)
-    assert np.abs(np.asarray(theirs) - expected).max() > 1e-10
+        out, stats = ops.attention_with_stats(
+            **inputs, **case.others, implementation=implementation
+        )
+        assert np.abs(np.asarray(out) - expected["out"]).max() < 1e-14
+        assert_close(stats.lse, expected["lse"])
+        assert_close(stats.entropy, expected["entropy"])
+        if name == "causal_last_queries":
+            q, k, v = (jnp.asarray(inputs[x]) for x in "qkv")
+            no_bias, cotangent = jnp.zeros((1, 1, 1, 1)), jnp.zeros(out.shape)
+            theirs, _ = jax_nn_attention()(
+                q * q.shape[-1] ** -0.5, k, v, no_bias, allowed(case), cotangent
+            )
+            assert np.abs(np.asarray(theirs) - expected["out"]).max() > 1e-10
 
 
 # Weights

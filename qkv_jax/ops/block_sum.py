@@ -1,0 +1,336 @@
+"""Sums over blocks: one primitive from which all derivatives of attention are made.
+
+    block_sum(f, x)  =  sum over the blocks (i, j) of a plan of  f(the cuts of x at (i, j))
+
+where each output of f is added at the place of its own block. Attention's derivatives, given each
+row's log-sum-exp, are such sums; and the derivative of such a sum is one again, of f's derivative:
+
+    jvp        block_sum of `Tangent(f)`
+    transpose  block_sum of `Transpose(f)`
+    vmap       a loop over block_sum
+
+so that forward mode, reverse mode and derivatives of any order take memory for x and for the
+result, never for T x S. Block functions are values (frozen dataclasses): two equal ones compile
+once. They close over no arrays.
+
+How an array lies over the plane is a string with a letter per axis: `B`, `N`, `K`, `T` and `S` (see
+`qkv_jax.ops`) are cut, any other letter is passed whole. Queries are "BNTH", keys "BKSH", ALiBi's
+slopes "_N__", a table "__".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from qkv_jax.ops.manual import abstract_array, varying_like
+from qkv_jax.ops.plan import Grid
+
+# Called as f(masked, *cuts) and returns a list of blocks; `masked` says whether the predicate is
+# needed. A block function may have a method `transpose(linear)`, see `Transpose`.
+BlockFunction = Callable[..., list[jax.Array]]
+
+
+def block_sum(
+    f: BlockFunction,
+    grid: Grid,
+    plan: tuple[Any, Any],
+    arrays: Sequence[jax.Array],
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+) -> list[jax.Array]:
+    """The sum of f over the blocks of a plan.
+
+    Args:
+      f: the block function.
+      grid, plan: what `plan.schedule` returned.
+      arrays: the inputs, whole.
+      in_axes, out_axes: how each input and output lies over the plane.
+
+    Returns:
+      Each output, whole; zero where no block contributes.
+    """
+    args = varying_like([*plan, *arrays], [*plan, *arrays])
+    return block_sum_p.bind(*args, f=f, grid=grid, in_axes=in_axes, out_axes=out_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """The derivative of a block function along tangents of the inputs that move.
+
+    Takes the inputs of f, then the tangents.
+    """
+
+    f: BlockFunction
+    moves: tuple[bool, ...]
+
+    def __call__(self, masked: bool, *cuts: jax.Array) -> list[jax.Array]:
+        primals, tangents = cuts[: len(self.moves)], cuts[len(self.moves) :]
+
+        def moving(*moved):
+            return self.f(masked, *_filled(self.moves, moved, primals))
+
+        moved = [x for x, moves in zip(primals, self.moves, strict=True) if moves]
+        return jax.jvp(moving, moved, list(tangents))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose:
+    """The transpose of a block function in the inputs in which it is linear.
+
+    Takes the other inputs, then the cotangents of the outputs.
+    """
+
+    f: BlockFunction
+    linear: tuple[bool, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]  # of the linear inputs' cuts
+
+    def __call__(self, masked: bool, *cuts: jax.Array) -> list[jax.Array]:
+        others = cuts[: len(self.linear) - sum(self.linear)]
+        cotangents = list(cuts[len(others) :])
+        fixed = tuple(not linear for linear in self.linear)
+
+        def linear(*inputs):
+            return self.f(masked, *_filled(fixed, others, _filled(self.linear, inputs, fixed)))
+
+        return list(jax.linear_transpose(linear, *self.shapes)(cotangents))
+
+
+def _filled(where: Sequence[bool], values: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+    """`rest`, with the next of `values` wherever `where` is true."""
+    values = iter(values)
+    return [next(values) if here else x for here, x in zip(where, rest, strict=True)]
+
+
+# The loop
+
+
+def block_shape(axes: str, shape: Sequence[int], grid: Grid) -> tuple[int, ...]:
+    """The shape of one block of an array."""
+    return tuple(grid.cuts[a][1] if a in grid.cuts else n for a, n in zip(axes, shape, strict=True))
+
+
+def padded(x: jax.Array, axes: str, grid: Grid) -> jax.Array:
+    """An array with its last query and key repeated up to whole blocks."""
+    cuts = grid.cuts
+    pads = [(0, cuts[a][0] - n if a in "TS" else 0) for a, n in zip(axes, x.shape, strict=True)]
+    return jnp.pad(x, pads, mode="edge") if any(map(any, pads)) else x
+
+
+def cut(x: jax.Array, axes: str, start: dict[str, Any], grid: Grid) -> jax.Array:
+    """The block of an array that begins at `start`."""
+    shape = block_shape(axes, x.shape, grid)
+    if shape == x.shape:
+        return x
+    return jax.lax.dynamic_slice(x, [start.get(a, 0) for a in axes], shape)
+
+
+def added(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
+    """The array with a block added at `start`."""
+    if x.shape == block.shape:
+        return x + block
+    starts = [start.get(a, 0) for a in axes]
+    old = jax.lax.dynamic_slice(x, starts, block.shape)
+    return jax.lax.dynamic_update_slice(x, old + block, starts)
+
+
+def written(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
+    """The array with a block put at `start`."""
+    if x.shape == block.shape:
+        return block
+    return jax.lax.dynamic_update_slice(x, block, [start.get(a, 0) for a in axes])
+
+
+def for_each_row_of_blocks(
+    grid: Grid, plan: tuple[jax.Array, jax.Array], body: Callable, carry: Any
+) -> Any:
+    """Calls `carry = body(carry, start, inner)` for every block of queries.
+
+    `start` says where the block begins on each axis. `inner(step, carry)` calls
+    `carry = step(masked, carry, start)` for every block of keys that the plan lists.
+    """
+    order, counts = plan
+    heads = grid.N // grid.heads
+    steps = grid.B // grid.rows * heads * grid.q_blocks
+
+    def row(u, carry):
+        u, i = jnp.divmod(u, grid.q_blocks)
+        b, n = jnp.divmod(u, heads)
+        where = (b if order.shape[0] > 1 else 0), (n if order.shape[1] > 1 else 0), i
+        start = {
+            "B": b * grid.rows,
+            "N": n * grid.heads,
+            "K": n * grid.heads * grid.K // grid.N,
+            "T": i * grid.block_q,
+        }
+        partial, total = counts[where][0], counts[where][1]
+
+        def inner(step, carry):
+            def masked_or_not(masked):
+                def one(j, carry):
+                    block = order[(*where, j)]
+                    return step(masked, carry, start | {"S": block * grid.block_kv})
+
+                return one
+
+            if grid.partial:
+                carry = jax.lax.fori_loop(0, partial, masked_or_not(True), carry)
+            if grid.full:
+                carry = jax.lax.fori_loop(partial, total, masked_or_not(False), carry)
+            return carry
+
+        return body(carry, start, inner)
+
+    return jax.lax.fori_loop(0, steps, row, carry)
+
+
+def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
+    outs = _out_shapes(arrays, f, grid, in_axes, out_axes)
+    xs = [padded(x, axes, grid) for x, axes in zip(arrays, in_axes, strict=True)]
+    like = [order, *arrays]
+    in_row = ["T" in axes and "S" not in axes for axes in out_axes]
+
+    def body(buffers, start, inner):
+        of_row = [x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, in_axes, strict=True)]
+
+        def step(masked, carry, start):
+            cuts = [
+                cut(x, a, start, grid) if "S" in a else x for x, a in zip(of_row, in_axes, strict=True)
+            ]
+            blocks = f(masked, *cuts)
+            return [
+                old + block if row else added(old, block, axes, start)
+                for old, block, axes, row in zip(carry, blocks, out_axes, in_row, strict=True)
+            ]
+
+        carry = [
+            _zeros(block_shape(axes, x.shape, grid), x.dtype, like) if row else x
+            for x, axes, row in zip(buffers, out_axes, in_row, strict=True)
+        ]
+        return [
+            added(old, new, axes, start) if row else new
+            for old, new, axes, row in zip(
+                buffers, inner(step, carry), out_axes, in_row, strict=True
+            )
+        ]
+
+    buffers = [
+        _zeros(_padded_shape(axes, shape, grid), jnp.promote_types(dtype, jnp.float32), like)
+        for (shape, dtype), axes in zip(outs, out_axes, strict=True)
+    ]
+    buffers = for_each_row_of_blocks(grid, (order, counts), body, buffers)
+    return [
+        x[tuple(map(slice, shape))].astype(dtype)
+        for x, (shape, dtype) in zip(buffers, outs, strict=True)
+    ]
+
+
+def _zeros(shape, dtype, like):
+    return varying_like(like, [jnp.zeros(shape, dtype)])[0]
+
+
+def _padded_shape(axes, shape, grid):
+    return [grid.cuts[a][0] if a in grid.cuts else n for a, n in zip(axes, shape, strict=True)]
+
+
+def _out_shapes(arrays, f, grid, in_axes, out_axes) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each output."""
+    cuts = tuple(
+        jax.ShapeDtypeStruct(block_shape(axes, x.shape, grid), x.dtype)
+        for x, axes in zip(arrays, in_axes, strict=True)
+    )
+    sizes = {"B": grid.B, "N": grid.N, "K": grid.K, "T": grid.T, "S": grid.S}
+    return [
+        (tuple(sizes.get(a, n) for a, n in zip(axes, block.shape, strict=True)), block.dtype)
+        for block, axes in zip(_blocks_of(f, cuts), out_axes, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _blocks_of(f: BlockFunction, cuts: tuple[jax.ShapeDtypeStruct, ...]) -> list[Any]:
+    return jax.eval_shape(functools.partial(f, True), *cuts)
+
+
+# The primitive and its rules
+
+block_sum_p = Primitive("block_sum")
+block_sum_p.multiple_results = True
+
+
+@functools.partial(jax.jit, static_argnames=("f", "grid", "in_axes", "out_axes"))
+def _compiled(*args, **params):
+    return _implementation(*args, **params)
+
+
+def _abstract(order, counts, *arrays, f, grid, in_axes, out_axes):
+    shapes = _out_shapes(arrays, f, grid, in_axes, out_axes)
+    return [abstract_array(shape, dtype, (order, counts, *arrays)) for shape, dtype in shapes]
+
+
+def _jvp(primals, tangents, *, f, grid, in_axes, out_axes):
+    plan, arrays = primals[:2], primals[2:]
+    out = block_sum(f, grid, plan, arrays, in_axes, out_axes)
+    moves = tuple(type(t) is not ad.Zero for t in tangents[2:])
+    if not any(moves):
+        return out, [no_tangent(x) for x in out]
+    moved = [t for t, here in zip(tangents[2:], moves, strict=True) if here]
+    axes = in_axes + tuple(a for a, here in zip(in_axes, moves, strict=True) if here)
+    return out, block_sum(Tangent(f, moves), grid, plan, [*arrays, *moved], axes, out_axes)
+
+
+def _transpose(cotangents, order, counts, *arrays, f, grid, in_axes, out_axes):
+    linear = tuple(ad.is_undefined_primal(x) for x in arrays)
+    cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
+    others = [x for x, here in zip(arrays, linear, strict=True) if not here]
+    axes_in = tuple(a for a, here in zip(in_axes, linear, strict=True) if not here) + out_axes
+    axes_out = tuple(a for a, here in zip(in_axes, linear, strict=True) if here)
+    by_hand = getattr(f, "transpose", None)
+    if by_hand is not None:
+        results = by_hand(linear, grid, (order, counts), others, cotangents, axes_in, axes_out)
+    else:
+        shapes = tuple(
+            jax.ShapeDtypeStruct(block_shape(a, x.aval.shape, grid), x.aval.dtype)
+            for x, a, here in zip(arrays, in_axes, linear, strict=True)
+            if here
+        )
+        results = block_sum(
+            Transpose(f, linear, shapes),
+            grid, (order, counts), [*others, *cotangents], axes_in, axes_out,
+        )  # fmt: skip
+    return [None, None, *_filled(linear, results, [None] * len(arrays))]
+
+
+def no_tangent(x: jax.Array) -> ad.Zero:
+    """The tangent of what does not move."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def batch_by_loop(primitive: Primitive) -> Callable:
+    """The batching rule of a primitive: `lax.map` over the batched axis."""
+
+    def rule(args, dims, **params):
+        in_front = [
+            batching.moveaxis(x, d, 0)
+            for x, d in zip(args, dims, strict=True)
+            if d is not batching.not_mapped
+        ]
+        mapped = tuple(d is not batching.not_mapped for d in dims)
+        outs = jax.lax.map(
+            lambda xs: primitive.bind(*_filled(mapped, xs, args), **params), tuple(in_front)
+        )
+        return outs, [0] * len(outs)
+
+    return rule
+
+
+block_sum_p.def_impl(_compiled)
+block_sum_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[block_sum_p] = _jvp
+ad.primitive_transposes[block_sum_p] = _transpose
+batching.primitive_batchers[block_sum_p] = batch_by_loop(block_sum_p)
+mlir.register_lowering(block_sum_p, mlir.lower_fun(_implementation, multiple_results=True))

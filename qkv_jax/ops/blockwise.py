@@ -1,0 +1,434 @@
+"""Attention in linear memory, on any device: the reference's answers, block by block.
+
+Forward, `attend` walks the blocks that the plan lists with an online softmax (Milakov & Gimelshein
+2018, arxiv.org/abs/1805.02867; Rabe & Staats 2021, arxiv.org/abs/2112.05682). Given the log-sum-exp
+of each row that it leaves behind, the weights of any block can be had again (Dao et al. 2022,
+arxiv.org/abs/2205.14135), so that attention is a plain sum over blocks,
+
+    out[t] = sum over s of exp(logit[t, s] - lse[t]) v[s],        with  A = d out,  L = d lse:
+
+    A[t] = sum over s of weight[t, s] (d logit[t, s] v[s] + d v[s])
+    L[t] = sum over s of weight[t, s]  d logit[t, s]
+    d out = A - L out,   d lse = L
+
+and all its derivatives are sums over blocks of derivatives of one block, which JAX takes
+(`block_sum`). By hand there is one thing: the transpose that the first backward pass uses, because
+a CPU wants its products laid out otherwise than automatic differentiation leaves them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from qkv_jax.ops import plan, scores
+from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.block_sum import (
+    Tangent,
+    batch_by_loop,
+    block_shape,
+    block_sum,
+    cut,
+    for_each_row_of_blocks,
+    no_tangent,
+    padded,
+    written,
+)
+from qkv_jax.ops.dropout import keep_mask
+from qkv_jax.ops.manual import abstract_array, varying_like
+from qkv_jax.ops.plan import Grid
+from qkv_jax.ops.reference import reference
+
+FAR = 1e30  # beyond any logit: exp(logit - FAR) = 0, with finite derivatives
+QKV = ("BNTH", "BKSH", "BKSh")
+
+
+def blockwise(
+    args: Arguments, *, entropy: bool = True, blocks: tuple[int, int] | None = None
+) -> tuple[jax.Array, Stats]:
+    """The output and the statistics of `attention_with_stats`; `reference` says what they are.
+
+    Args:
+      args: checked arguments.
+      entropy: whether the entropy is wanted; it costs another pass.
+      blocks: queries and keys per block; by default what was measured to be fast.
+    """
+    if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
+        return reference(args)
+    problem, grid, schedule, arrays = prepared(args, blocks)
+    arrays = varying_like([*schedule, *arrays], arrays)
+    schedule = varying_like([*schedule, *arrays], schedule)
+    out, lse, max_logit = attend_p.bind(*schedule, *arrays, problem=problem, grid=grid)
+    mean_logit = None
+    if entropy:
+        (mean_logit,) = block_sum(
+            MeanLogit(problem), grid, schedule, [*arrays, _finite(lse)],
+            (*problem.axes, "BNT"), ("BNT",),
+        )  # fmt: skip
+    if args.sinks is not None:
+        out, lse, mean_logit = _with_sinks(out, lse, mean_logit, args.sinks.astype(args.dtype))
+    out = jnp.swapaxes(out, 1, 2).astype(args.v.dtype)
+    if mean_logit is None:
+        mean_logit = lse
+    empty = lse == -jnp.inf
+    difference = jnp.where(empty, 0, lse) - jnp.where(empty, 0, mean_logit)
+    return out, Stats(lse=lse, max_logit=jax.lax.stop_gradient(max_logit), entropy=difference)
+
+
+def _with_sinks(out, lse, mean_logit, sinks):
+    """A sink is one more key, whose value is nothing."""
+    sink = jnp.broadcast_to(sinks[None, :, None], lse.shape)
+    total = jnp.logaddexp(lse, sink)
+    share = jnp.exp(lse - total)
+    out = out * share[..., None]
+    if mean_logit is not None:
+        mean_logit = share * mean_logit + jnp.exp(sink - total) * sink
+    return out, total, mean_logit
+
+
+def _finite(lse: jax.Array) -> jax.Array:
+    """For a row that may attend to nothing: a log-sum-exp under which every weight is 0."""
+    return jnp.where(lse == -jnp.inf, FAR, lse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static half of an attention call: with one block's cuts of the arrays, all there is.
+
+    The arrays are q [B, N, T, H], k [B, K, S, H], v [B, K, S, h], the scale, the coordinates of
+    queries, keys, heads and batch rows, dropout's two words, and what mask and score carry.
+    """
+
+    tree: Any  # of (scale, where, words, mask, score)
+    axes: tuple[str, ...]  # of q, k, v and the leaves of that tree
+    T: int
+    S: int
+    ragged: bool
+    dropout_rate: float
+    dtype: Any
+
+    def logits(self, masked: bool, q: jax.Array, k: jax.Array, *leaves: jax.Array) -> jax.Array:
+        """What the softmax sees, [B, N, T, S] of a block; -FAR where the mask forbids."""
+        scale, where, _, mask, score = jax.tree.unflatten(self.tree, leaves)
+        B, N, T, H = q.shape
+        K, S = k.shape[1:3]
+        q, k = q.astype(self.dtype).reshape(B, K, N // K * T, H), k.astype(self.dtype)
+        logits = jnp.einsum("BKRH,BKSH->BKRS", q, k).reshape(B, N, T, S) * scale
+        return self.forbidden(masked, self.scored(logits, where, score), where, mask)
+
+    def scored(self, logits, where, score):
+        return scores.apply(score, logits, where["q_pos"], where["kv_pos"], where["head"])
+
+    def forbidden(self, masked: bool, logits, where, mask):
+        """The logits, those that the mask forbids replaced by -FAR."""
+        if not masked:
+            return logits
+        allowed = np.True_
+        if mask is not None:
+            allowed = mask.mask(where["q_pos"], where["kv_pos"], where["head"])
+        if self.ragged:
+            allowed = allowed & (where["query"] < self.T) & (where["key"] < self.S)
+        return jnp.where(allowed, logits, -FAR)
+
+    def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
+        """The weights after dropout."""
+        if not self.dropout_rate:
+            return weights
+        keep = keep_mask(
+            words, self.dropout_rate, batch=where["batch"], head=where["head"],
+            query=where["query"], key=where["key"],
+        )  # fmt: skip
+        return jnp.where(keep, weights / (1 - self.dropout_rate), 0)
+
+    def combined(self, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """weights [B, N, T, S] v [B, K, S, h], as [B, N, T, h]."""
+        B, N, T, S = weights.shape
+        K, _, h = v.shape[1:]
+        rows = weights.reshape(B, K, N // K * T, S)
+        return jnp.einsum("BKRS,BKSh->BKRh", rows, v.astype(self.dtype)).reshape(B, N, T, h)
+
+
+def prepared(args: Arguments, blocks: tuple[int, int] | None):
+    """The call as a static problem, a grid, a schedule, and arrays that may be traced."""
+    B, T, N, _ = args.q.shape
+    S, K = args.k.shape[1:3]
+    platform = jax.default_backend()
+    grid = _grid(args, blocks)
+    cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
+    grid, *schedule = plan.schedule(cover, grid)
+    where = {
+        "q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head,
+        "batch": np.arange(B, dtype=np.int32)[:, None, None, None],
+        "query": np.arange(T, dtype=np.int32)[None, None, :, None],
+        "key": np.arange(S, dtype=np.int32)[None, None, None, :],
+    }  # fmt: skip
+    words = None
+    if args.dropout_rate:
+        rng = args.dropout_rng
+        words = rng if jnp.issubdtype(rng.dtype, jnp.uint32) else jax.random.key_data(rng)
+    scale = jnp.asarray(args.scale, args.dtype)
+    leaves, tree = jax.tree.flatten((scale, where, words, args.mask, args.score))
+    leaves = [jnp.asarray(x) for x in leaves]
+    problem = Problem(
+        tree=tree, axes=(*QKV, *map(_axes, leaves)), T=T, S=S, ragged=grid.ragged,
+        dropout_rate=args.dropout_rate, dtype=args.dtype,
+    )  # fmt: skip
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (args.q, args.k, args.v)]
+    del platform, K
+    return problem, grid, schedule, [*heads_first, *leaves]
+
+
+def _grid(args: Arguments, blocks: tuple[int, int] | None) -> Grid:
+    B, T, N, _ = args.q.shape
+    S, K = args.k.shape[1:3]
+    platform = jax.default_backend()
+    block_q, block_kv = plan.block_sizes(T, S, N // K, blocks, platform)
+    rows = 1 if platform == "cpu" else B
+    return Grid(B=B, T=T, S=S, N=N, K=K, block_q=block_q, block_kv=block_kv, rows=rows, heads=N)
+
+
+def _axes(x: jax.Array) -> str:
+    """How an operand lies over the plane: along the axes that it has, if it is aligned."""
+    if x.ndim != 4:
+        return "_" * x.ndim
+    return "".join(a if n > 1 else "_" for a, n in zip("BNTS", x.shape, strict=True))
+
+
+# Block functions. Each takes the problem's arrays, cut, and the log-sum-exp [B, N, T].
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """`sum over s of weight (v, 1)`: the output, and 1. Its derivative is that of attention."""
+
+    problem: Problem
+
+    def __call__(self, masked, q, k, v, *rest):
+        *leaves, lse = rest
+        problem = self.problem
+        _, where, words, _, _ = jax.tree.unflatten(problem.tree, leaves)
+        weights = jnp.exp(problem.logits(masked, q, k, *leaves) - lse[..., None])
+        return [problem.combined(problem.dropped(weights, where, words), v), weights.sum(-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanLogit:
+    """`sum over s of weight * logit`, from which the entropy follows."""
+
+    problem: Problem
+
+    def __call__(self, masked, q, k, v, *rest):
+        *leaves, lse = rest
+        logits = self.problem.logits(masked, q, k, *leaves)
+        return [(jnp.exp(logits - lse[..., None]) * logits).sum(-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTangent(Tangent):
+    """The derivative of `Weighted`, with a transpose by hand."""
+
+    def transpose(self, linear, grid, schedule, others, cotangents, axes_in, axes_out):
+        """The first backward pass, see `Backward`."""
+        problem = self.f.problem
+        n = len(problem.axes) + 1
+        if sum(linear[:n]):  # a derivative of a derivative, not the backward pass
+            raise NotImplementedError
+        d_out, d_total = cotangents
+        q, k, v = others[:3]
+        f = Backward(problem, self.moves)
+        turned = [jnp.swapaxes(q, 2, 3), jnp.swapaxes(d_out, 2, 3)]
+        outs = block_sum(
+            f, grid, schedule, [*others, *turned, d_out, d_total],
+            (*axes_in, "BNHT", "BNhT")[: len(others)] + ("BNHT", "BNhT", "BNTh", "BNT"),
+            f.out_axes,
+        )  # fmt: skip
+        del k, v
+        return [
+            jnp.swapaxes(x, 2, 3) if turned else x
+            for x, turned in zip(outs, f.turned, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """The transpose of `Tangent(Weighted)`, its products laid out for a CPU.
+
+    Takes the problem's arrays, lse, q and d_out with their last axes exchanged, and the cotangents
+    d_out [B, N, T, h] and d_total [B, N, T]. Contracting weights [T, S] over T is several times
+    slower than over S, unless the other factor comes as [H, T] and the result as [H, S].
+    """
+
+    problem: Problem
+    moves: tuple[bool, ...]
+
+    @property
+    def turned(self) -> list[bool]:
+        """Which outputs have their last axes exchanged: those of k and v."""
+        return [i in (1, 2) for i, moves in enumerate(self.moves) if moves]
+
+    @property
+    def out_axes(self) -> tuple[str, ...]:
+        axes = ("BNTH", "BKHS", "BKhS", *self.problem.axes[3:])
+        return tuple(a for a, moves in zip(axes, self.moves, strict=False) if moves)
+
+    def __call__(self, masked, q, k, v, *rest):
+        *leaves, lse, q_turned, d_out_turned, d_out, d_total = rest
+        p = self.problem
+        scale, where, words, mask, score = jax.tree.unflatten(p.tree, leaves)
+        B, N, T, H = q.shape
+        K, S = k.shape[1:3]
+        G = N // K
+        q, k, v, q_turned = (x.astype(p.dtype) for x in (q, k, v, q_turned))
+        products = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), k)
+        products = products.reshape(B, N, T, S)
+
+        def logits(scale, score):
+            return p.scored(products * scale, where, score)
+
+        raw = products * scale
+        leaves_score, tree_score = jax.tree.flatten(score)
+        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves_score]
+        del logits
+
+        def scored(raw, moving):
+            filled = iter(moving)
+            values = [next(filled) if f else x for f, x in zip(floating, leaves_score, strict=True)]
+            return p.scored(raw, where, jax.tree.unflatten(tree_score, values))
+
+        moving = [x for f, x in zip(floating, leaves_score, strict=True) if f]
+        after, pullback = jax.vjp(scored, raw, moving)
+        weights = jnp.exp(p.forbidden(masked, after, where, mask) - lse[..., None])
+        d_weights = jnp.einsum("BKRh,BKSh->BKRS", d_out.reshape(B, K, G * T, -1), v)
+        d_weights = p.dropped(d_weights.reshape(B, N, T, S), where, words)
+        d_after = weights * (d_weights + d_total[..., None])
+        d_raw, d_moving = pullback(d_after)
+        d_products = d_raw * scale
+        outs = {}
+        if self.moves[0]:
+            rows = d_products.reshape(B, K, G * T, S)
+            outs[0] = jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
+        if self.moves[1]:
+            outs[1] = self._over_rows(q_turned, d_products, K)
+        if self.moves[2]:
+            outs[2] = self._over_rows(d_out_turned, p.dropped(weights, where, words), K)
+        first = len(p.axes) - len(leaves_score)
+        d_score = iter(d_moving)
+        for i, f in enumerate(floating):
+            gradient = next(d_score) if f else None
+            if self.moves[first + i]:
+                outs[first + i] = gradient
+        if self.moves[3]:
+            outs[3] = (d_raw * products).sum()
+        return [outs[i] for i in sorted(outs)]
+
+    def _over_rows(self, turned, weights, K):
+        """turned [B, N, H, T] weights [B, N, T, S], summed over T and the heads of a group."""
+        product = jnp.einsum("BNHT,BNTS->BNHS", turned, weights)
+        B, N, H, S = product.shape
+        return product if N == K else product.reshape(B, K, N // K, H, S).sum(2)
+
+
+# attend: the fused forward pass
+
+attend_p = Primitive("attend")
+attend_p.multiple_results = True
+
+
+def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
+    """Output [B, N, T, h], log-sum-exp and largest logit [B, N, T], in the problem's dtype."""
+    arrays = [q, k, v, *leaves]
+    dtype = problem.dtype
+    xs = [padded(x, axes, grid) for x, axes in zip(arrays, problem.axes, strict=True)]
+    like = [order, *arrays]
+    per_row, per_out = "BNT", "BNTh"
+    shape = (grid.B, grid.N, grid.q_blocks * grid.block_q)
+
+    def body(buffers, start, inner):
+        of_row = [
+            x if "S" in a else cut(x, a, start, grid)
+            for x, a in zip(xs, problem.axes, strict=True)
+        ]
+
+        def step(masked, carry, start):
+            q, k, v, *leaves = (
+                cut(x, a, start, grid) if "S" in a else x
+                for x, a in zip(of_row, problem.axes, strict=True)
+            )
+            _, where, words, _, _ = jax.tree.unflatten(problem.tree, leaves)
+            peak, total, out = carry
+            logits = problem.logits(masked, q, k, *leaves)
+            new_peak = jnp.maximum(peak, logits.max(-1))
+            weights = jnp.exp(logits - new_peak[..., None])
+            if masked:  # where all keys so far are forbidden, the peak is -FAR too
+                weights = jnp.where(logits > -FAR, weights, 0)
+            shrink = jnp.exp(peak - new_peak)
+            total = total * shrink + weights.sum(-1)
+            weights = problem.dropped(weights, where, words)
+            return new_peak, total, out * shrink[..., None] + problem.combined(weights, v)
+
+        rows = block_shape(per_row, shape, grid)
+        start_carry = varying_like(
+            like,
+            [
+                jnp.full(rows, -FAR, dtype),
+                jnp.zeros(rows, dtype),
+                jnp.zeros((*rows, v.shape[-1]), dtype),
+            ],
+        )
+        peak, total, out = inner(step, tuple(start_carry))
+        empty = total == 0
+        out = out / jnp.where(empty, 1, total)[..., None]
+        lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
+        peak = jnp.where(empty, -jnp.inf, peak)
+        return [
+            written(buffer, x, axes, start)
+            for buffer, x, axes in zip(
+                buffers, (out, lse, peak), (per_out, per_row, per_row), strict=True
+            )
+        ]
+
+    buffers = [
+        jnp.zeros((*shape, v.shape[-1]), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    ]  # fmt: skip
+    buffers = for_each_row_of_blocks(grid, (order, counts), body, varying_like(like, buffers))
+    return [x[:, :, : grid.T] for x in buffers]
+
+
+_compiled_attend = jax.jit(_attend, static_argnames=("problem", "grid"))
+
+
+def _abstract_attend(order, counts, q, k, v, *leaves, problem, grid):
+    like = (order, counts, q, k, v, *leaves)
+    rows = (grid.B, grid.N, grid.T)
+    shapes = ((*rows, v.shape[-1]), rows, rows)
+    return [abstract_array(shape, problem.dtype, like) for shape in shapes]
+
+
+def _jvp_attend(primals, tangents, *, problem, grid):
+    schedule, arrays = primals[:2], primals[2:]
+    out, lse, max_logit = attend_p.bind(*primals, problem=problem, grid=grid)
+    zeros = [no_tangent(x) for x in (out, lse, max_logit)]
+    moves = (*(type(t) is not ad.Zero for t in tangents[2:]), False)  # lse stays
+    if not any(moves):
+        return [out, lse, max_logit], zeros
+    moved = [t for t in tangents[2:] if type(t) is not ad.Zero]
+    axes = (*problem.axes, "BNT")
+    f = AttentionTangent(Weighted(problem), moves)
+    A, L = block_sum(
+        f, grid, schedule, [*arrays, _finite(lse), *moved],
+        (*axes, *(a for a, m in zip(axes, moves, strict=True) if m)), ("BNTh", "BNT"),
+    )  # fmt: skip
+    return [out, lse, max_logit], [A - L[..., None] * out, L, zeros[2]]
+
+
+attend_p.def_impl(_compiled_attend)
+attend_p.def_abstract_eval(_abstract_attend)
+ad.primitive_jvps[attend_p] = _jvp_attend
+batching.primitive_batchers[attend_p] = batch_by_loop(attend_p)
+mlir.register_lowering(attend_p, mlir.lower_fun(_attend, multiple_results=True))
+del functools

@@ -1,0 +1,205 @@
+"""Which blocks of the T x S plane an attention computes, and in what order.
+
+The plane is cut into blocks of `block_q` queries by `block_kv` keys. A mask's `cover` says of each
+block whether nothing, something or everything in it is allowed. For every block of queries a plan
+lists the blocks of keys that are not NONE: first those that need the mask's predicate (SOME), then
+those that do not (ALL). The same lines build it in NumPy, where positions and masks are known while
+tracing, and in jax.numpy, where they are traced.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The static half of a plan: sizes, block sizes, and what one step of the loop takes.
+
+    `rows` batch rows and `heads` query heads are computed together: all of them, or one.
+    """
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    block_q: int
+    block_kv: int
+    rows: int
+    heads: int
+    partial: bool = True  # whether there can be blocks that need the predicate
+    full: bool = True  # whether there can be blocks that do not
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.T // self.block_q)
+
+    @property
+    def kv_blocks(self) -> int:
+        return -(-self.S // self.block_kv)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last blocks stick out of the plane."""
+        return bool(self.T % self.block_q or self.S % self.block_kv)
+
+    @property
+    def cuts(self) -> dict[str, tuple[int, int]]:
+        """By axis: the padded length, and how much of it one block takes."""
+        kv_heads = self.K if self.heads == self.N else 1
+        return {
+            "B": (self.B, self.rows),
+            "N": (self.N, self.heads),
+            "K": (self.K, kv_heads),
+            "T": (self.q_blocks * self.block_q, self.block_q),
+            "S": (self.kv_blocks * self.block_kv, self.block_kv),
+        }
+
+
+def block_sizes(
+    T: int, S: int, G: int, blocks: tuple[int, int] | None, platform: str
+) -> tuple[int, int]:
+    """Queries and keys per block: what was asked for, or what was measured to be fast.
+
+    The heads that share a key head are rows of one matrix, so that more of them mean fewer queries.
+    """
+    if blocks is None:
+        most = (512, 256) if platform == "cpu" else (128, 128)
+        blocks = max(64, most[0] // G), most[1]
+    return _even(T, blocks[0], 8), _even(S, blocks[1], 16)
+
+
+def _even(length: int, most: int, multiple: int) -> int:
+    """The block size that cuts `length` most evenly into blocks of at most `most`."""
+    size = math.ceil(length / math.ceil(length / most))
+    return max(multiple, -(-size // multiple) * multiple)
+
+
+def coverage(mask: Mask | None, q_pos: Array, kv_pos: Array, head: Array, grid: Grid) -> Array:
+    """NONE, SOME or ALL for each block: int8 [B or 1, N or 1, q blocks, kv blocks].
+
+    Args:
+      mask: an aligned mask, or None.
+      q_pos, kv_pos, head: as `Mask.mask` takes them.
+      grid: the block sizes.
+
+    Returns:
+      NumPy if mask and positions are known while tracing.
+    """
+    arrays = [x for x in (q_pos, kv_pos, *jax.tree.leaves(mask)) if not isinstance(x, int | float)]
+    known = not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    q_blocks, kv_blocks = grid.q_blocks, grid.kv_blocks
+    shape = (1, 1, q_blocks, kv_blocks)
+    if mask is None:
+        cover = np.full(shape, ALL, np.int8)
+    else:
+        if known:
+            mask, q_pos, kv_pos = jax.tree.map(np.asarray, (mask, q_pos, kv_pos))
+        else:
+            mask, q_pos, kv_pos = jax.tree.map(jnp.asarray, (mask, q_pos, kv_pos))
+        look = BlockBounds(grid, q_pos, kv_pos, head)
+        cover = mask.cover(look(q_pos), look(kv_pos), look)
+        np_ = np if known else jnp
+        cover = np_.broadcast_to(np_.asarray(cover, np.int8), (*cover.shape[:2], *shape[2:]))
+    if grid.ragged:  # what sticks out is cut off by the predicate
+        whole_q = (np.arange(q_blocks) + 1) * grid.block_q <= grid.T
+        whole_kv = (np.arange(kv_blocks) + 1) * grid.block_kv <= grid.S
+        whole = whole_q[:, None] & whole_kv
+        np_ = np if isinstance(cover, np.ndarray) else jnp
+        cover = np_.where(whole, cover, np_.minimum(cover, np.int8(SOME)))
+    return cover
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockBounds:
+    """What a mask's `cover` may ask: `bounds(operand)`, and the truth, block by block."""
+
+    grid: Grid
+    q_pos: Array
+    kv_pos: Array
+    head: Array
+
+    def __call__(self, operand: Array) -> tuple[Array, Array]:
+        """The smallest and largest value of an aligned operand in each block."""
+        blocked = _blocked(operand, self.grid)
+        return blocked.min((3, 5)), blocked.max((3, 5))
+
+    def evaluate(self, predicate: Callable[..., Array], operands: Any) -> Array:
+        """The exact cover of a predicate, from its value at every element, a row of blocks at a
+        time. Only where all is known while tracing: evaluating traced arrays would cost T x S.
+        """
+        grid = self.grid
+        known = (self.q_pos, self.kv_pos, *jax.tree.leaves(operands))
+        if any(isinstance(x, jax.Array) for x in known):
+            return np.full((1, 1, 1, 1), SOME, np.int8)
+        rows = []
+        for i in range(grid.q_blocks):
+            cut = slice(i * grid.block_q, (i + 1) * grid.block_q)
+
+            def of_block(x, cut=cut):
+                return x[:, :, cut] if np.ndim(x) == 4 and x.shape[2] > 1 else x
+
+            allowed = predicate(
+                of_block(self.q_pos), self.kv_pos, self.head, *jax.tree.map(of_block, operands)
+            )
+            allowed = np.asarray(allowed)
+            allowed = np.broadcast_to(allowed, (*allowed.shape[:2], allowed.shape[2], grid.S))
+            blocked = _blocked(allowed, dataclasses.replace(grid, T=allowed.shape[2]))
+            low, high = blocked.min((3, 5)), blocked.max((3, 5))
+            rows.append(high.astype(np.int8) + low.astype(np.int8))
+        return np.concatenate(rows, axis=2)
+
+
+def _blocked(x: Array, grid: Grid) -> Array:
+    """An aligned array as [B, N, q blocks, block_q, kv blocks, block_kv], edges repeated."""
+    np_ = jnp if isinstance(x, jax.Array) else np
+    x = x.astype(np.int8) if x.dtype == np.bool_ else x
+    pads, shape = [(0, 0), (0, 0)], list(x.shape[:2])
+    for axis, size in ((2, grid.block_q), (3, grid.block_kv)):
+        length = x.shape[axis]
+        blocks = -(-length // size)
+        pads.append((0, blocks * size - length if length > 1 else 0))
+        shape += [blocks, size] if length > 1 else [1, 1]
+    return np_.pad(x, pads, mode="edge").reshape(shape)
+
+
+def schedule(cover: Array, grid: Grid) -> tuple[Grid, Array, Array]:
+    """The plan: the grid with what is known of it, and per block of queries what to compute.
+
+    Returns:
+      The grid; the blocks of keys in order, int32 [B or 1, N or 1, q blocks, kv blocks]; and how
+      many of them need the predicate and how many there are, int32 [B or 1, N or 1, q blocks, 2].
+    """
+    np_ = np if isinstance(cover, np.ndarray) else jnp
+    if np_ is np:
+        cover = _collapsed(cover)
+        grid = dataclasses.replace(
+            grid, partial=bool((cover == SOME).any()), full=bool((cover == ALL).any())
+        )
+    if cover.shape[1] > 1:
+        grid = dataclasses.replace(grid, heads=1)
+    if cover.shape[0] > 1:
+        grid = dataclasses.replace(grid, rows=1)
+    rank = np_.where(cover == SOME, 0, np_.where(cover == ALL, 1, 2))
+    order = np_.argsort(rank, axis=-1, kind="stable") if np_ is np else jnp.argsort(rank, axis=-1)
+    counts = np_.stack([(cover == SOME).sum(-1), (cover != NONE).sum(-1)], axis=-1)
+    return grid, order.astype(np.int32), counts.astype(np.int32)
+
+
+def _collapsed(cover: np.ndarray) -> np.ndarray:
+    """Without the axes of batch rows and heads where all of them agree."""
+    for axis in (0, 1):
+        first = cover.take([0], axis)
+        if cover.shape[axis] > 1 and (cover == first).all():
+            cover = first
+    return cover
