@@ -14,8 +14,10 @@ Queries are `[B, T, N, H]`, keys `[B, S, K, H]`, values `[B, S, K, h]`; what `at
 from qkv_jax.ops import basic, masks, positions, scores
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
+from qkv_jax.ops.blockwise import Blockwise
 
 __all__ = [
+    "Blockwise",
     "Stats",
     "attention",
     "attention_weights",

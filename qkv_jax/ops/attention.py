@@ -1,18 +1,22 @@
 """Attention: one call for every mask, score and backend. Check, choose, call."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import arguments
 from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.reference import reference, reference_weights
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array | np.ndarray
+Implementation = Callable[..., tuple[jax.Array, Stats]]
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "blockwise": Blockwise()}
 
 
 def attention(
@@ -28,7 +32,7 @@ def attention(
     dropout_rng: Array | None = None,
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
-    implementation: str | None = None,
+    implementation: str | Blockwise | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, arxiv.org/abs/1706.03762).
 
@@ -63,11 +67,11 @@ def attention(
       ValueError: naming the argument, what came and what was wanted.
       NotImplementedError: the implementation cannot honour an argument; it names it.
     """
-    out, _ = attention_with_stats(
+    args = arguments.check(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
-        implementation=implementation,
     )  # fmt: skip
+    out, _ = _chosen(args, implementation)(args, entropy=False)
     return out
 
 
@@ -84,7 +88,7 @@ def attention_with_stats(
     dropout_rng: Array | None = None,
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
-    implementation: str | None = None,
+    implementation: str | Blockwise | None = None,
 ) -> tuple[jax.Array, Stats]:
     """`attention`, and per row the log-sum-exp, the largest logit and the entropy of the weights.
 
@@ -98,7 +102,7 @@ def attention_with_stats(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
     )  # fmt: skip
-    return IMPLEMENTATIONS[_choose(args, implementation)](args)
+    return _chosen(args, implementation)(args, entropy=True)
 
 
 def attention_weights(
@@ -170,12 +174,20 @@ def merge(out_a: Array, stats_a: Stats, out_b: Array, stats_b: Stats) -> tuple[j
     )
 
 
-def _choose(args: Arguments, implementation: str | None) -> str:
+def _chosen(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
+    if isinstance(implementation, Blockwise):
+        return implementation
     if implementation is None:
-        return "reference"
+        implementation = "blockwise" if blockwise_pays(args) else "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation: wanted one of {sorted(IMPLEMENTATIONS)} or None, "
+            f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}, a Blockwise or None, "
             f"got {implementation!r}"
         )
-    return implementation
+    return IMPLEMENTATIONS[implementation]
+
+
+def blockwise_pays(args: Arguments) -> bool:
+    """Whether blocks are faster than all weights at once: measured on a CPU."""
+    T, S = args.q.shape[1], args.k.shape[1]
+    return T * S >= 256 * 256

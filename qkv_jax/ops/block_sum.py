@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -127,23 +128,27 @@ def cut(x: jax.Array, axes: str, start: dict[str, Any], grid: Grid) -> jax.Array
     shape = block_shape(axes, x.shape, grid)
     if shape == x.shape:
         return x
-    return jax.lax.dynamic_slice(x, [start.get(a, 0) for a in axes], shape)
+    return jax.lax.dynamic_slice(x, _starts(axes, start), shape)
 
 
 def added(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
     """The array with a block added at `start`."""
     if x.shape == block.shape:
         return x + block
-    starts = [start.get(a, 0) for a in axes]
+    starts = _starts(axes, start)
     old = jax.lax.dynamic_slice(x, starts, block.shape)
     return jax.lax.dynamic_update_slice(x, old + block, starts)
+
+
+def _starts(axes: str, start: dict[str, Any]) -> list[Any]:
+    return [start.get(a, np.int32(0)) for a in axes]
 
 
 def written(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
     """The array with a block put at `start`."""
     if x.shape == block.shape:
         return block
-    return jax.lax.dynamic_update_slice(x, block, [start.get(a, 0) for a in axes])
+    return jax.lax.dynamic_update_slice(x, block, _starts(axes, start))
 
 
 def for_each_row_of_blocks(
@@ -159,8 +164,8 @@ def for_each_row_of_blocks(
     steps = grid.B // grid.rows * heads * grid.q_blocks
 
     def row(u, carry):
-        u, i = jnp.divmod(u, grid.q_blocks)
-        b, n = jnp.divmod(u, heads)
+        u, i = u // np.int32(grid.q_blocks), u % np.int32(grid.q_blocks)
+        b, n = u // np.int32(heads), u % np.int32(heads)
         where = (b if order.shape[0] > 1 else 0), (n if order.shape[1] > 1 else 0), i
         start = {
             "B": b * grid.rows,
@@ -179,14 +184,14 @@ def for_each_row_of_blocks(
                 return one
 
             if grid.partial:
-                carry = jax.lax.fori_loop(0, partial, masked_or_not(True), carry)
+                carry = jax.lax.fori_loop(np.int32(0), partial, masked_or_not(True), carry)
             if grid.full:
                 carry = jax.lax.fori_loop(partial, total, masked_or_not(False), carry)
             return carry
 
         return body(carry, start, inner)
 
-    return jax.lax.fori_loop(0, steps, row, carry)
+    return jax.lax.fori_loop(np.int32(0), np.int32(steps), row, carry)
 
 
 def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
@@ -196,11 +201,14 @@ def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
     in_row = ["T" in axes and "S" not in axes for axes in out_axes]
 
     def body(buffers, start, inner):
-        of_row = [x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, in_axes, strict=True)]
+        of_row = [
+            x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, in_axes, strict=True)
+        ]
 
         def step(masked, carry, start):
             cuts = [
-                cut(x, a, start, grid) if "S" in a else x for x, a in zip(of_row, in_axes, strict=True)
+                cut(x, a, start, grid) if "S" in a else x
+                for x, a in zip(of_row, in_axes, strict=True)
             ]
             blocks = f(masked, *cuts)
             return [
@@ -314,14 +322,10 @@ def batch_by_loop(primitive: Primitive) -> Callable:
     """The batching rule of a primitive: `lax.map` over the batched axis."""
 
     def rule(args, dims, **params):
-        in_front = [
-            batching.moveaxis(x, d, 0)
-            for x, d in zip(args, dims, strict=True)
-            if d is not batching.not_mapped
-        ]
-        mapped = tuple(d is not batching.not_mapped for d in dims)
+        mapped = tuple(d is not None for d in dims)
+        in_front = [jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True) if d is not None]
         outs = jax.lax.map(
-            lambda xs: primitive.bind(*_filled(mapped, xs, args), **params), tuple(in_front)
+            lambda xs: primitive.bind(*_filled(mapped, xs, args), **params), in_front
         )
         return outs, [0] * len(outs)
 

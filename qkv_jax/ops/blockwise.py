@@ -17,7 +17,6 @@ a CPU wants its products laid out otherwise than automatic differentiation leave
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from qkv_jax.ops import plan, scores
 from qkv_jax.ops.arguments import Arguments, Stats
 from qkv_jax.ops.block_sum import (
     Tangent,
+    _filled,
     batch_by_loop,
     block_shape,
     block_sum,
@@ -48,16 +48,35 @@ FAR = 1e30  # beyond any logit: exp(logit - FAR) = 0, with finite derivatives
 QKV = ("BNTH", "BKSH", "BKSh")
 
 
-def blockwise(
-    args: Arguments, *, entropy: bool = True, blocks: tuple[int, int] | None = None
-) -> tuple[jax.Array, Stats]:
-    """The output and the statistics of `attention_with_stats`; `reference` says what they are.
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """The implementation "blockwise", with block sizes of one's own.
 
     Args:
-      args: checked arguments.
-      entropy: whether the entropy is wanted; it costs another pass.
-      blocks: queries and keys per block; by default what was measured to be fast.
+      block_q: queries per block.
+      block_kv: keys per block; by default both are what was measured to be fast.
     """
+
+    block_q: int | None = None
+    block_kv: int | None = None
+
+    def __post_init__(self):
+        for name in ("block_q", "block_kv"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"Blockwise: {name} must be a positive integer, got {size!r}")
+
+    def __call__(self, args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stats]:
+        """The output and the statistics of `attention_with_stats`; `reference` says what they are.
+
+        Args:
+          args: checked arguments.
+          entropy: whether the entropy is wanted; it costs another pass.
+        """
+        return _blockwise(args, entropy, (self.block_q, self.block_kv))
+
+
+def _blockwise(args, entropy, blocks):
     if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
         return reference(args)
     problem, grid, schedule, arrays = prepared(args, blocks)
@@ -117,8 +136,8 @@ class Problem:
         scale, where, _, mask, score = jax.tree.unflatten(self.tree, leaves)
         B, N, T, H = q.shape
         K, S = k.shape[1:3]
-        q, k = q.astype(self.dtype).reshape(B, K, N // K * T, H), k.astype(self.dtype)
-        logits = jnp.einsum("BKRH,BKSH->BKRS", q, k).reshape(B, N, T, S) * scale
+        q, k = (q.astype(self.dtype) * scale).reshape(B, K, N // K * T, H), k.astype(self.dtype)
+        logits = jnp.einsum("BKRH,BKSH->BKRS", q, k).reshape(B, N, T, S)
         return self.forbidden(masked, self.scored(logits, where, score), where, mask)
 
     def scored(self, logits, where, score):
@@ -153,19 +172,20 @@ class Problem:
         return jnp.einsum("BKRS,BKSh->BKRh", rows, v.astype(self.dtype)).reshape(B, N, T, h)
 
 
-def prepared(args: Arguments, blocks: tuple[int, int] | None):
+def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
     """The call as a static problem, a grid, a schedule, and arrays that may be traced."""
-    B, T, N, _ = args.q.shape
-    S, K = args.k.shape[1:3]
-    platform = jax.default_backend()
     grid = _grid(args, blocks)
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     grid, *schedule = plan.schedule(cover, grid)
+
+    def indices(axis: str) -> np.ndarray:
+        # Beyond the end too: there the index tells that a block sticks out.
+        shape = [-1 if a == axis else 1 for a in "BNTS"]
+        return np.arange(grid.cuts[axis][0], dtype=np.int32).reshape(shape)
+
     where = {
         "q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head,
-        "batch": np.arange(B, dtype=np.int32)[:, None, None, None],
-        "query": np.arange(T, dtype=np.int32)[None, None, :, None],
-        "key": np.arange(S, dtype=np.int32)[None, None, None, :],
+        "batch": indices("B"), "query": indices("T"), "key": indices("S"),
     }  # fmt: skip
     words = None
     if args.dropout_rate:
@@ -175,15 +195,14 @@ def prepared(args: Arguments, blocks: tuple[int, int] | None):
     leaves, tree = jax.tree.flatten((scale, where, words, args.mask, args.score))
     leaves = [jnp.asarray(x) for x in leaves]
     problem = Problem(
-        tree=tree, axes=(*QKV, *map(_axes, leaves)), T=T, S=S, ragged=grid.ragged,
+        tree=tree, axes=(*QKV, *map(_axes, leaves)), T=grid.T, S=grid.S, ragged=grid.ragged,
         dropout_rate=args.dropout_rate, dtype=args.dtype,
     )  # fmt: skip
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (args.q, args.k, args.v)]
-    del platform, K
     return problem, grid, schedule, [*heads_first, *leaves]
 
 
-def _grid(args: Arguments, blocks: tuple[int, int] | None) -> Grid:
+def _grid(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
     B, T, N, _ = args.q.shape
     S, K = args.k.shape[1:3]
     platform = jax.default_backend()
@@ -239,18 +258,17 @@ class AttentionTangent(Tangent):
         if sum(linear[:n]):  # a derivative of a derivative, not the backward pass
             raise NotImplementedError
         d_out, d_total = cotangents
-        q, k, v = others[:3]
         f = Backward(problem, self.moves)
-        turned = [jnp.swapaxes(q, 2, 3), jnp.swapaxes(d_out, 2, 3)]
+        turned = [jnp.swapaxes(others[0], 2, 3), jnp.swapaxes(d_out, 2, 3)]
         outs = block_sum(
             f, grid, schedule, [*others, *turned, d_out, d_total],
-            (*axes_in, "BNHT", "BNhT")[: len(others)] + ("BNHT", "BNhT", "BNTh", "BNT"),
+            (*axes_in[: len(others)], "BNHT", "BNhT", "BNTh", "BNT"),
             f.out_axes,
         )  # fmt: skip
-        del k, v
+        moving = [x for x, moves in zip(others, self.moves, strict=False) if moves]
         return [
-            jnp.swapaxes(x, 2, 3) if turned else x
-            for x, turned in zip(outs, f.turned, strict=True)
+            (jnp.swapaxes(x, 2, 3) if turned else x).astype(primal.dtype)
+            for x, turned, primal in zip(outs, f.turned, moving, strict=True)
         ]
 
 
@@ -283,22 +301,15 @@ class Backward:
         B, N, T, H = q.shape
         K, S = k.shape[1:3]
         G = N // K
-        q, k, v, q_turned = (x.astype(p.dtype) for x in (q, k, v, q_turned))
-        products = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), k)
-        products = products.reshape(B, N, T, S)
-
-        def logits(scale, score):
-            return p.scored(products * scale, where, score)
-
-        raw = products * scale
+        q, k, v = (x.astype(p.dtype) for x in (q, k, v))
+        products = jnp.einsum("BKRH,BKSH->BKRS", (q * scale).reshape(B, K, G * T, H), k)
+        raw = products.reshape(B, N, T, S)
         leaves_score, tree_score = jax.tree.flatten(score)
         floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves_score]
-        del logits
 
         def scored(raw, moving):
-            filled = iter(moving)
-            values = [next(filled) if f else x for f, x in zip(floating, leaves_score, strict=True)]
-            return p.scored(raw, where, jax.tree.unflatten(tree_score, values))
+            score = jax.tree.unflatten(tree_score, _filled(floating, moving, leaves_score))
+            return p.scored(raw, where, score)
 
         moving = [x for f, x in zip(floating, leaves_score, strict=True) if f]
         after, pullback = jax.vjp(scored, raw, moving)
@@ -307,13 +318,12 @@ class Backward:
         d_weights = p.dropped(d_weights.reshape(B, N, T, S), where, words)
         d_after = weights * (d_weights + d_total[..., None])
         d_raw, d_moving = pullback(d_after)
-        d_products = d_raw * scale
         outs = {}
         if self.moves[0]:
-            rows = d_products.reshape(B, K, G * T, S)
-            outs[0] = jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
+            rows = d_raw.reshape(B, K, G * T, S)
+            outs[0] = scale * jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
         if self.moves[1]:
-            outs[1] = self._over_rows(q_turned, d_products, K)
+            outs[1] = self._over_rows(q_turned.astype(p.dtype) * scale, d_raw, K)
         if self.moves[2]:
             outs[2] = self._over_rows(d_out_turned, p.dropped(weights, where, words), K)
         first = len(p.axes) - len(leaves_score)
@@ -323,7 +333,8 @@ class Backward:
             if self.moves[first + i]:
                 outs[first + i] = gradient
         if self.moves[3]:
-            outs[3] = (d_raw * products).sum()
+            products = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), k)
+            outs[3] = (d_raw * products.reshape(raw.shape)).sum()
         return [outs[i] for i in sorted(outs)]
 
     def _over_rows(self, turned, weights, K):
@@ -350,8 +361,7 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
 
     def body(buffers, start, inner):
         of_row = [
-            x if "S" in a else cut(x, a, start, grid)
-            for x, a in zip(xs, problem.axes, strict=True)
+            x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, problem.axes, strict=True)
         ]
 
         def step(masked, carry, start):
@@ -431,4 +441,3 @@ attend_p.def_abstract_eval(_abstract_attend)
 ad.primitive_jvps[attend_p] = _jvp_attend
 batching.primitive_batchers[attend_p] = batch_by_loop(attend_p)
 mlir.register_lowering(attend_p, mlir.lower_fun(_attend, multiple_results=True))
-del functools

@@ -67,16 +67,17 @@ class Grid:
 
 
 def block_sizes(
-    T: int, S: int, G: int, blocks: tuple[int, int] | None, platform: str
+    T: int, S: int, G: int, blocks: tuple[int | None, int | None], platform: str
 ) -> tuple[int, int]:
     """Queries and keys per block: what was asked for, or what was measured to be fast.
 
     The heads that share a key head are rows of one matrix, so that more of them mean fewer queries.
     """
-    if blocks is None:
-        most = (512, 256) if platform == "cpu" else (128, 128)
-        blocks = max(64, most[0] // G), most[1]
-    return _even(T, blocks[0], 8), _even(S, blocks[1], 16)
+    most = (512, 512) if platform == "cpu" else (128, 128)
+    return (
+        blocks[0] or _even(T, max(64, most[0] // G), 8),
+        blocks[1] or _even(S, most[1], 16),
+    )
 
 
 def _even(length: int, most: int, multiple: int) -> int:

@@ -9,12 +9,15 @@ from qkv_jax.ops.arguments import Arguments, Stats
 from qkv_jax.ops.dropout import keep_mask
 
 
-def reference(args: Arguments) -> tuple[jax.Array, Stats]:
+def reference(args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stats]:
     """`softmax(mask(score(scale * q k^T))) v` and its statistics.
+
+    The entropy is left to the compiler: where nobody reads it, it is not computed.
 
     Returns:
       [B, T, N, h] in the dtype of v, and the statistics.
     """
+    del entropy
     weights, stats = reference_weights(args)
     B, N, T, S = weights.shape
     K, h = args.v.shape[2:]

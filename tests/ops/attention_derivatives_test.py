@@ -10,7 +10,7 @@ from qkv_jax.ops import masks
 from tests.ops.attention_cases import CASES
 from tests.tolerances import assert_close
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", ops.Blockwise(block_q=2, block_kv=3)]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # Where a derivative can go wrong: operands, tanh, a sink, dropout, rows with nothing in them.
 difficult_cases = pytest.mark.parametrize(
