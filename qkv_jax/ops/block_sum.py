@@ -33,7 +33,8 @@ from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.plan import Grid
 
 # Called as f(masked, *cuts) and returns a list of blocks; `masked` says whether the predicate is
-# needed. A block function may have a method `transpose(linear)`, see `Transpose`.
+# needed. It may have a method `transpose` that does what the rule `_transpose` would do, or returns
+# None where it cannot.
 BlockFunction = Callable[..., list[jax.Array]]
 
 
@@ -99,7 +100,9 @@ class Transpose:
         def linear(*inputs):
             return self.f(masked, *_filled(fixed, others, _filled(self.linear, inputs, fixed)))
 
-        return list(jax.linear_transpose(linear, *self.shapes)(cotangents))
+        # Not `jax.linear_transpose`: it would take the mesh axes of `shard_map` from the shapes.
+        zeros = varying_like(cuts, [jnp.zeros(x.shape, x.dtype) for x in self.shapes])
+        return list(jax.vjp(linear, *zeros)[1](cotangents))
 
 
 def _filled(where: Sequence[bool], values: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
@@ -297,19 +300,17 @@ def _transpose(cotangents, order, counts, *arrays, f, grid, in_axes, out_axes):
     others = [x for x, here in zip(arrays, linear, strict=True) if not here]
     axes_in = tuple(a for a, here in zip(in_axes, linear, strict=True) if not here) + out_axes
     axes_out = tuple(a for a, here in zip(in_axes, linear, strict=True) if here)
-    by_hand = getattr(f, "transpose", None)
-    if by_hand is not None:
-        results = by_hand(linear, grid, (order, counts), others, cotangents, axes_in, axes_out)
-    else:
+    plan, results = (order, counts), None
+    if hasattr(f, "transpose"):
+        results = f.transpose(linear, grid, plan, others, cotangents, axes_in)
+    if results is None:
         shapes = tuple(
             jax.ShapeDtypeStruct(block_shape(a, x.aval.shape, grid), x.aval.dtype)
             for x, a, here in zip(arrays, in_axes, linear, strict=True)
             if here
         )
-        results = block_sum(
-            Transpose(f, linear, shapes),
-            grid, (order, counts), [*others, *cotangents], axes_in, axes_out,
-        )  # fmt: skip
+        f = Transpose(f, linear, shapes)
+        results = block_sum(f, grid, plan, [*others, *cotangents], axes_in, axes_out)
     return [None, None, *_filled(linear, results, [None] * len(arrays))]
 
 

@@ -17,6 +17,7 @@ a CPU wants its products laid out otherwise than automatic differentiation leave
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -44,7 +45,6 @@ from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.plan import Grid
 from qkv_jax.ops.reference import reference
 
-FAR = 1e30  # beyond any logit: exp(logit - FAR) = 0, with finite derivatives
 QKV = ("BNTH", "BKSH", "BKSh")
 
 
@@ -80,6 +80,7 @@ def _blockwise(args, entropy, blocks):
     if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
         return reference(args)
     problem, grid, schedule, arrays = prepared(args, blocks)
+    _check_closures(problem, grid, arrays)
     arrays = varying_like([*schedule, *arrays], arrays)
     schedule = varying_like([*schedule, *arrays], schedule)
     out, lse, max_logit = attend_p.bind(*schedule, *arrays, problem=problem, grid=grid)
@@ -99,6 +100,22 @@ def _blockwise(args, entropy, blocks):
     return out, Stats(lse=lse, max_logit=jax.lax.stop_gradient(max_logit), entropy=difference)
 
 
+def _check_closures(problem: "Problem", grid: Grid, arrays: list[jax.Array]) -> None:
+    """Traces mask and score on one block: what they return is checked, and what they close over."""
+    blocks = (
+        jax.ShapeDtypeStruct(block_shape(axes, x.shape, grid), x.dtype)
+        for x, axes in zip(arrays, problem.axes, strict=True)
+    )
+    q, k, _, *leaves = blocks
+    traced = jax.make_jaxpr(functools.partial(problem.logits, True))(q, k, *leaves)
+    for x in traced.consts:
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"mask or score: a function of one's own closes over a traced array, {x.aval}; "
+                "pass it as an operand: from_function(f, array), with f(..., array)"
+            )
+
+
 def _with_sinks(out, lse, mean_logit, sinks):
     """A sink is one more key, whose value is nothing."""
     sink = jnp.broadcast_to(sinks[None, :, None], lse.shape)
@@ -111,8 +128,8 @@ def _with_sinks(out, lse, mean_logit, sinks):
 
 
 def _finite(lse: jax.Array) -> jax.Array:
-    """For a row that may attend to nothing: a log-sum-exp under which every weight is 0."""
-    return jnp.where(lse == -jnp.inf, FAR, lse)
+    """With 0 for a row that may attend to nothing, whose logits are all -inf: weights of 0."""
+    return jnp.where(lse == -jnp.inf, 0, lse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +149,7 @@ class Problem:
     dtype: Any
 
     def logits(self, masked: bool, q: jax.Array, k: jax.Array, *leaves: jax.Array) -> jax.Array:
-        """What the softmax sees, [B, N, T, S] of a block; -FAR where the mask forbids."""
+        """What the softmax sees, [B, N, T, S] of a block; -inf where the mask forbids."""
         scale, where, _, mask, score = jax.tree.unflatten(self.tree, leaves)
         B, N, T, H = q.shape
         K, S = k.shape[1:3]
@@ -144,7 +161,7 @@ class Problem:
         return scores.apply(score, logits, where["q_pos"], where["kv_pos"], where["head"])
 
     def forbidden(self, masked: bool, logits, where, mask):
-        """The logits, those that the mask forbids replaced by -FAR."""
+        """The logits, -inf for those that the mask forbids."""
         if not masked:
             return logits
         allowed = np.True_
@@ -152,7 +169,7 @@ class Problem:
             allowed = mask.mask(where["q_pos"], where["kv_pos"], where["head"])
         if self.ragged:
             allowed = allowed & (where["query"] < self.T) & (where["key"] < self.S)
-        return jnp.where(allowed, logits, -FAR)
+        return jnp.where(allowed, logits, -jnp.inf)
 
     def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
         """The weights after dropout."""
@@ -244,19 +261,20 @@ class MeanLogit:
     def __call__(self, masked, q, k, v, *rest):
         *leaves, lse = rest
         logits = self.problem.logits(masked, q, k, *leaves)
-        return [(jnp.exp(logits - lse[..., None]) * logits).sum(-1)]
+        finite = jnp.where(logits == -jnp.inf, 0, logits) if masked else logits
+        return [(jnp.exp(logits - lse[..., None]) * finite).sum(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTangent(Tangent):
     """The derivative of `Weighted`, with a transpose by hand."""
 
-    def transpose(self, linear, grid, schedule, others, cotangents, axes_in, axes_out):
-        """The first backward pass, see `Backward`."""
+    def transpose(self, linear, grid, schedule, others, cotangents, axes_in):
+        """The first backward pass, see `Backward`; None where this is not it."""
         problem = self.f.problem
         n = len(problem.axes) + 1
-        if sum(linear[:n]):  # a derivative of a derivative, not the backward pass
-            raise NotImplementedError
+        if any(linear[:n]) or not all(linear[n:]):
+            return None
         d_out, d_total = cotangents
         f = Backward(problem, self.moves)
         turned = [jnp.swapaxes(others[0], 2, 3), jnp.swapaxes(d_out, 2, 3)]
@@ -373,10 +391,9 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
             peak, total, out = carry
             logits = problem.logits(masked, q, k, *leaves)
             new_peak = jnp.maximum(peak, logits.max(-1))
-            weights = jnp.exp(logits - new_peak[..., None])
-            if masked:  # where all keys so far are forbidden, the peak is -FAR too
-                weights = jnp.where(logits > -FAR, weights, 0)
-            shrink = jnp.exp(peak - new_peak)
+            finite = jnp.where(new_peak == -jnp.inf, 0, new_peak)  # all keys forbidden so far
+            weights = jnp.exp(logits - finite[..., None])
+            shrink = jnp.exp(peak - finite)
             total = total * shrink + weights.sum(-1)
             weights = problem.dropped(weights, where, words)
             return new_peak, total, out * shrink[..., None] + problem.combined(weights, v)
@@ -385,7 +402,7 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
         start_carry = varying_like(
             like,
             [
-                jnp.full(rows, -FAR, dtype),
+                jnp.full(rows, -jnp.inf, dtype),
                 jnp.zeros(rows, dtype),
                 jnp.zeros((*rows, v.shape[-1]), dtype),
             ],
@@ -393,8 +410,7 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
         peak, total, out = inner(step, tuple(start_carry))
         empty = total == 0
         out = out / jnp.where(empty, 1, total)[..., None]
-        lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1, total)))
-        peak = jnp.where(empty, -jnp.inf, peak)
+        lse = peak + jnp.log(jnp.where(empty, 1, total))
         return [
             written(buffer, x, axes, start)
             for buffer, x, axes in zip(

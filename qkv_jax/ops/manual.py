@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def varying_axes(arrays: Sequence[jax.Array]) -> frozenset[str]:
@@ -29,16 +30,15 @@ def varying_like(like: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list
     return promoted
 
 
-def abstract_array(shape: Sequence[int], dtype: jnp.dtype, like: Sequence) -> ShapedArray:
-    """The abstract value of an array that varies along the axes of the abstract values `like`."""
-    axes = frozenset().union(*(_varying(x) for x in like))
-    if not axes:
-        return ShapedArray(tuple(shape), jnp.dtype(dtype))
-    kind = next(x for x in like if _varying(x))
-    if hasattr(kind, "manual_axis_type"):
-        manual = type(kind.manual_axis_type)(varying=axes)
-        return ShapedArray(tuple(shape), jnp.dtype(dtype), manual_axis_type=manual)
-    return ShapedArray(tuple(shape), jnp.dtype(dtype), vma=axes)
+def abstract_array(
+    shape: Sequence[int], dtype: jnp.dtype, like: Sequence[ShapedArray]
+) -> ShapedArray:
+    """The abstract value of an array that varies along the same mesh axes as all of `like`."""
+    shape, dtype = tuple(shape), jnp.dtype(dtype)
+    if not _varying(like[0]):
+        return ShapedArray(shape, dtype)
+    unsharded = NamedSharding(like[0].sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return like[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=unsharded)
 
 
 def _varying(aval: ShapedArray) -> frozenset[str]:

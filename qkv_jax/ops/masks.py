@@ -292,6 +292,7 @@ class FromFunction(Mask):
     f: Callable[..., Array]
     operands: tuple[Any, ...]
     f_cover: Callable[..., Array] | None = None
+    exact: bool = False
 
     def mask(self, q_pos, kv_pos, head):
         operands = self.operands
@@ -314,13 +315,18 @@ class FromFunction(Mask):
         return allowed
 
     def cover(self, q_interval, kv_interval, bounds):
+        if self.exact:
+            return bounds.evaluate(self)
         if self.f_cover is None:
             return super().cover(q_interval, kv_interval, bounds)
         return self.f_cover(q_interval, kv_interval, bounds, *self.operands)
 
 
 def from_function(
-    f: Callable[..., Array], *operands: Any, cover: Callable[..., Array] | None = None
+    f: Callable[..., Array],
+    *operands: Any,
+    cover: Callable[..., Array] | None = None,
+    exact: bool = False,
 ) -> Mask:
     """A mask from a function of one's own.
 
@@ -329,5 +335,10 @@ def from_function(
       *operands: arrays of rank 4 are cut to the block, others are passed whole, numbers are static.
       cover: called as `cover(q_interval, kv_interval, bounds, *operands)`, see `Mask.cover`.
         Without it no block is skipped on this mask's account.
+      exact: find out what each block holds by calling `f` on all of it while the program is built:
+        T x S steps of NumPy, a row of blocks at a time, so `f` must work on NumPy arrays. Has no
+        effect where positions or operands are traced.
     """
-    return FromFunction(f, operands, cover)
+    if exact and cover is not None:
+        raise ValueError("masks.from_function: exact=True finds the cover, so give no cover")
+    return FromFunction(f, operands, cover, exact)

@@ -9,8 +9,6 @@ tracing, and in jax.numpy, where they are traced.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +121,7 @@ def coverage(mask: Mask | None, q_pos: Array, kv_pos: Array, head: Array, grid: 
 
 @dataclasses.dataclass(frozen=True)
 class BlockBounds:
-    """What a mask's `cover` may ask: `bounds(operand)`, and the truth, block by block."""
+    """What a mask's `cover` may ask: an operand's bounds in each block, and the exact cover."""
 
     grid: Grid
     q_pos: Array
@@ -135,30 +133,26 @@ class BlockBounds:
         blocked = _blocked(operand, self.grid)
         return blocked.min((3, 5)), blocked.max((3, 5))
 
-    def evaluate(self, predicate: Callable[..., Array], operands: Any) -> Array:
-        """The exact cover of a predicate, from its value at every element, a row of blocks at a
-        time. Only where all is known while tracing: evaluating traced arrays would cost T x S.
+    def evaluate(self, mask: Mask) -> np.ndarray:
+        """The exact cover of a mask, from its value at every element, a row of blocks at a time.
+
+        SOME where positions or operands are traced: to evaluate those would cost T x S each time.
         """
         grid = self.grid
-        known = (self.q_pos, self.kv_pos, *jax.tree.leaves(operands))
-        if any(isinstance(x, jax.Array) for x in known):
+        if any(isinstance(x, jax.Array) for x in (self.q_pos, self.kv_pos, *jax.tree.leaves(mask))):
             return np.full((1, 1, 1, 1), SOME, np.int8)
         rows = []
-        for i in range(grid.q_blocks):
-            cut = slice(i * grid.block_q, (i + 1) * grid.block_q)
-
-            def of_block(x, cut=cut):
-                return x[:, :, cut] if np.ndim(x) == 4 and x.shape[2] > 1 else x
-
-            allowed = predicate(
-                of_block(self.q_pos), self.kv_pos, self.head, *jax.tree.map(of_block, operands)
+        for start in range(0, grid.T, grid.block_q):
+            queries = slice(start, start + grid.block_q)
+            q_pos, part = jax.tree.map(
+                lambda x, queries=queries: x[:, :, queries] if np.shape(x)[2:3] > (1,) else x,
+                (self.q_pos, mask),
             )
-            allowed = np.asarray(allowed)
-            allowed = np.broadcast_to(allowed, (*allowed.shape[:2], allowed.shape[2], grid.S))
-            blocked = _blocked(allowed, dataclasses.replace(grid, T=allowed.shape[2]))
-            low, high = blocked.min((3, 5)), blocked.max((3, 5))
-            rows.append(high.astype(np.int8) + low.astype(np.int8))
-        return np.concatenate(rows, axis=2)
+            allowed = np.asarray(part.mask(q_pos, self.kv_pos, self.head))
+            blocked = _blocked(allowed, grid)
+            low, high = blocked.min((2, 3, 5)), blocked.max((2, 3, 5))
+            rows.append(np.broadcast_to(low + high, (*low.shape[:2], grid.kv_blocks)))
+        return np.stack(rows, axis=2)
 
 
 def _blocked(x: Array, grid: Grid) -> Array:
