@@ -100,13 +100,27 @@ class RelativeBias(Score):
         positions.t5_thresholds(self.table.shape[0], self.max_distance, self.bidirectional)
 
     def score(self, logits, q_pos, kv_pos, head):
-        buckets = positions.t5_buckets(
-            kv_pos - q_pos,
+        table = _like(logits, self.table)
+        if 0 in logits.shape:
+            return logits
+        # Far from the diagonal a whole block shares one bucket, and needs no lookup.
+        nearest = self._buckets(kv_pos.max() - q_pos.min())
+        farthest = self._buckets(kv_pos.min() - q_pos.max())
+        return jax.lax.cond(
+            nearest == farthest,
+            lambda logits, table: logits + table[nearest, head],
+            lambda logits, table: logits + table[self._buckets(kv_pos - q_pos), head],
+            logits,
+            table,
+        )
+
+    def _buckets(self, relative_position: Array) -> Array:
+        return positions.t5_buckets(
+            relative_position,
             num_buckets=self.table.shape[0],
             max_distance=self.max_distance,
             bidirectional=self.bidirectional,
         )
-        return logits + _like(logits, self.table)[buckets, head]
 
 
 class Bias(Score):
