@@ -45,7 +45,8 @@ from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.plan import Grid
 from qkv_jax.ops.reference import reference
 
-QKV = ("BNTH", "BKSH", "BKSh")
+ROWS = 512
+QKV = ("BTNH", "BSKH", "BSKh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _blockwise(args, entropy, blocks):
         )  # fmt: skip
     if args.sinks is not None:
         out, lse, mean_logit = _with_sinks(out, lse, mean_logit, args.sinks.astype(args.dtype))
-    out = jnp.swapaxes(out, 1, 2).astype(args.v.dtype)
+    out = out.astype(args.v.dtype)
     if mean_logit is None:
         mean_logit = lse
     empty = lse == -jnp.inf
@@ -121,7 +122,7 @@ def _with_sinks(out, lse, mean_logit, sinks):
     sink = jnp.broadcast_to(sinks[None, :, None], lse.shape)
     total = jnp.logaddexp(lse, sink)
     share = jnp.exp(lse - total)
-    out = out * share[..., None]
+    out = out * jnp.swapaxes(share, 1, 2)[..., None]
     if mean_logit is not None:
         mean_logit = share * mean_logit + jnp.exp(sink - total) * sink
     return out, total, mean_logit
@@ -136,7 +137,7 @@ def _finite(lse: jax.Array) -> jax.Array:
 class Problem:
     """The static half of an attention call: with one block's cuts of the arrays, all there is.
 
-    The arrays are q [B, N, T, H], k [B, K, S, H], v [B, K, S, h], the scale, the coordinates of
+    The arrays are q [B, T, N, H], k [B, S, K, H], v [B, S, K, h], the scale, the coordinates of
     queries, keys, heads and batch rows, dropout's two words, and what mask and score carry.
     """
 
@@ -151,6 +152,7 @@ class Problem:
     def logits(self, masked: bool, q: jax.Array, k: jax.Array, *leaves: jax.Array) -> jax.Array:
         """What the softmax sees, [B, N, T, S] of a block; -inf where the mask forbids."""
         scale, where, _, mask, score = jax.tree.unflatten(self.tree, leaves)
+        q, k = jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2)
         B, N, T, H = q.shape
         K, S = k.shape[1:3]
         q, k = (q.astype(self.dtype) * scale).reshape(B, K, N // K * T, H), k.astype(self.dtype)
@@ -182,7 +184,8 @@ class Problem:
         return jnp.where(keep, weights / (1 - self.dropout_rate), 0)
 
     def combined(self, weights: jax.Array, v: jax.Array) -> jax.Array:
-        """weights [B, N, T, S] v [B, K, S, h], as [B, N, T, h]."""
+        """weights [B, N, T, S] v [B, S, K, h], as [B, N, T, h]."""
+        v = jnp.swapaxes(v, 1, 2)
         B, N, T, S = weights.shape
         K, _, h = v.shape[1:]
         rows = weights.reshape(B, K, N // K * T, S)
@@ -215,8 +218,7 @@ def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
         tree=tree, axes=(*QKV, *map(_axes, leaves)), T=grid.T, S=grid.S, ragged=grid.ragged,
         dropout_rate=args.dropout_rate, dtype=args.dtype,
     )  # fmt: skip
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (args.q, args.k, args.v)]
-    return problem, grid, schedule, [*heads_first, *leaves]
+    return problem, grid, schedule, [args.q, args.k, args.v, *leaves]
 
 
 def _grid(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
@@ -224,7 +226,9 @@ def _grid(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
     S, K = args.k.shape[1:3]
     platform = jax.default_backend()
     block_q, block_kv = plan.block_sizes(T, S, N // K, blocks, platform)
-    rows = 1 if platform == "cpu" else B
+    # On a CPU as many batch rows at once as fill a block; elsewhere all of them.
+    most = max(1, ROWS // block_q) if platform == "cpu" else B
+    rows = max(n for n in range(1, B + 1) if B % n == 0 and n <= most)
     return Grid(B=B, T=T, S=S, N=N, K=K, block_q=block_q, block_kv=block_kv, rows=rows, heads=N)
 
 
@@ -249,7 +253,8 @@ class Weighted:
         problem = self.problem
         _, where, words, _, _ = jax.tree.unflatten(problem.tree, leaves)
         weights = jnp.exp(problem.logits(masked, q, k, *leaves) - lse[..., None])
-        return [problem.combined(problem.dropped(weights, where, words), v), weights.sum(-1)]
+        out = problem.combined(problem.dropped(weights, where, words), v)
+        return [jnp.swapaxes(out, 1, 2), weights.sum(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,15 +282,15 @@ class AttentionTangent(Tangent):
             return None
         d_out, d_total = cotangents
         f = Backward(problem, self.moves)
-        turned = [jnp.swapaxes(others[0], 2, 3), jnp.swapaxes(d_out, 2, 3)]
+        turned = [x.transpose(0, 2, 3, 1) for x in (others[0], d_out)]
         outs = block_sum(
             f, grid, schedule, [*others, *turned, d_out, d_total],
-            (*axes_in[: len(others)], "BNHT", "BNhT", "BNTh", "BNT"),
+            (*axes_in[: len(others)], "BNHT", "BNhT", "BTNh", "BNT"),
             f.out_axes,
         )  # fmt: skip
         moving = [x for x, moves in zip(others, self.moves, strict=False) if moves]
         return [
-            (jnp.swapaxes(x, 2, 3) if turned else x).astype(primal.dtype)
+            (x.transpose(0, 3, 1, 2) if turned else x).astype(primal.dtype)
             for x, turned, primal in zip(outs, f.turned, moving, strict=True)
         ]
 
@@ -309,17 +314,17 @@ class Backward:
 
     @property
     def out_axes(self) -> tuple[str, ...]:
-        axes = ("BNTH", "BKHS", "BKhS", *self.problem.axes[3:])
+        axes = ("BTNH", "BKHS", "BKhS", *self.problem.axes[3:])
         return tuple(a for a, moves in zip(axes, self.moves, strict=False) if moves)
 
     def __call__(self, masked, q, k, v, *rest):
         *leaves, lse, q_turned, d_out_turned, d_out, d_total = rest
         p = self.problem
         scale, where, words, mask, score = jax.tree.unflatten(p.tree, leaves)
+        q, k, v, d_out = (jnp.swapaxes(x, 1, 2).astype(p.dtype) for x in (q, k, v, d_out))
         B, N, T, H = q.shape
         K, S = k.shape[1:3]
         G = N // K
-        q, k, v = (x.astype(p.dtype) for x in (q, k, v))
         products = jnp.einsum("BKRH,BKSH->BKRS", (q * scale).reshape(B, K, G * T, H), k)
         raw = products.reshape(B, N, T, S)
         leaves_score, tree_score = jax.tree.flatten(score)
@@ -339,7 +344,8 @@ class Backward:
         outs = {}
         if self.moves[0]:
             rows = d_raw.reshape(B, K, G * T, S)
-            outs[0] = scale * jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
+            d_q = scale * jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
+            outs[0] = jnp.swapaxes(d_q, 1, 2)
         if self.moves[1]:
             outs[1] = self._over_rows(q_turned.astype(p.dtype) * scale, d_raw, K)
         if self.moves[2]:
@@ -369,12 +375,12 @@ attend_p.multiple_results = True
 
 
 def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
-    """Output [B, N, T, h], log-sum-exp and largest logit [B, N, T], in the problem's dtype."""
+    """Output [B, T, N, h], log-sum-exp and largest logit [B, N, T], in the problem's dtype."""
     arrays = [q, k, v, *leaves]
     dtype = problem.dtype
     xs = [padded(x, axes, grid) for x, axes in zip(arrays, problem.axes, strict=True)]
     like = [order, *arrays]
-    per_row, per_out = "BNT", "BNTh"
+    per_row, per_out = "BNT", "BTNh"
     shape = (grid.B, grid.N, grid.q_blocks * grid.block_q)
 
     def body(buffers, start, inner):
@@ -409,7 +415,7 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
         )
         peak, total, out = inner(step, tuple(start_carry))
         empty = total == 0
-        out = out / jnp.where(empty, 1, total)[..., None]
+        out = jnp.swapaxes(out / jnp.where(empty, 1, total)[..., None], 1, 2)
         lse = peak + jnp.log(jnp.where(empty, 1, total))
         return [
             written(buffer, x, axes, start)
@@ -419,10 +425,13 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
         ]
 
     buffers = [
-        jnp.zeros((*shape, v.shape[-1]), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    ]  # fmt: skip
+        jnp.zeros((grid.B, shape[2], grid.N, v.shape[-1]), dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+    ]
     buffers = for_each_row_of_blocks(grid, (order, counts), body, varying_like(like, buffers))
-    return [x[:, :, : grid.T] for x in buffers]
+    out, lse, peak = buffers
+    return [out[:, : grid.T], lse[:, :, : grid.T], peak[:, :, : grid.T]]
 
 
 _compiled_attend = jax.jit(_attend, static_argnames=("problem", "grid"))
@@ -431,7 +440,7 @@ _compiled_attend = jax.jit(_attend, static_argnames=("problem", "grid"))
 def _abstract_attend(order, counts, q, k, v, *leaves, problem, grid):
     like = (order, counts, q, k, v, *leaves)
     rows = (grid.B, grid.N, grid.T)
-    shapes = ((*rows, v.shape[-1]), rows, rows)
+    shapes = ((grid.B, grid.T, grid.N, v.shape[-1]), rows, rows)
     return [abstract_array(shape, problem.dtype, like) for shape in shapes]
 
 
@@ -447,9 +456,10 @@ def _jvp_attend(primals, tangents, *, problem, grid):
     f = AttentionTangent(Weighted(problem), moves)
     A, L = block_sum(
         f, grid, schedule, [*arrays, _finite(lse), *moved],
-        (*axes, *(a for a, m in zip(axes, moves, strict=True) if m)), ("BNTh", "BNT"),
+        (*axes, *(a for a, m in zip(axes, moves, strict=True) if m)), ("BTNh", "BNT"),
     )  # fmt: skip
-    return [out, lse, max_logit], [A - L[..., None] * out, L, zeros[2]]
+    d_out = A - jnp.swapaxes(L, 1, 2)[..., None] * out
+    return [out, lse, max_logit], [d_out, L, zeros[2]]
 
 
 attend_p.def_impl(_compiled_attend)
