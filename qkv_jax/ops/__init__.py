@@ -15,14 +15,17 @@ from qkv_jax.ops import basic, masks, positions, scores
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.explain import Explanation, explain
 
 __all__ = [
     "Blockwise",
+    "Explanation",
     "Stats",
     "attention",
     "attention_weights",
     "attention_with_stats",
     "basic",
+    "explain",
     "masks",
     "merge",
     "positions",

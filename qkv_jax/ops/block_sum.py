@@ -75,7 +75,7 @@ class Tangent:
         primals, tangents = cuts[: len(self.moves)], cuts[len(self.moves) :]
 
         def moving(*moved):
-            return self.f(masked, *_filled(self.moves, moved, primals))
+            return self.f(masked, *filled(self.moves, moved, primals))
 
         moved = [x for x, moves in zip(primals, self.moves, strict=True) if moves]
         return jax.jvp(moving, moved, list(tangents))[1]
@@ -98,14 +98,14 @@ class Transpose:
         fixed = tuple(not linear for linear in self.linear)
 
         def linear(*inputs):
-            return self.f(masked, *_filled(fixed, others, _filled(self.linear, inputs, fixed)))
+            return self.f(masked, *filled(fixed, others, filled(self.linear, inputs, fixed)))
 
         # Not `jax.linear_transpose`: it would take the mesh axes of `shard_map` from the shapes.
         zeros = varying_like(cuts, [jnp.zeros(x.shape, x.dtype) for x in self.shapes])
         return list(jax.vjp(linear, *zeros)[1](cotangents))
 
 
-def _filled(where: Sequence[bool], values: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+def filled(where: Sequence[bool], values: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
     """`rest`, with the next of `values` wherever `where` is true."""
     values = iter(values)
     return [next(values) if here else x for here, x in zip(where, rest, strict=True)]
@@ -311,7 +311,7 @@ def _transpose(cotangents, order, counts, *arrays, f, grid, in_axes, out_axes):
         )
         f = Transpose(f, linear, shapes)
         results = block_sum(f, grid, plan, [*others, *cotangents], axes_in, axes_out)
-    return [None, None, *_filled(linear, results, [None] * len(arrays))]
+    return [None, None, *filled(linear, results, [None] * len(arrays))]
 
 
 def no_tangent(x: jax.Array) -> ad.Zero:
@@ -325,9 +325,7 @@ def batch_by_loop(primitive: Primitive) -> Callable:
     def rule(args, dims, **params):
         mapped = tuple(d is not None for d in dims)
         in_front = [jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True) if d is not None]
-        outs = jax.lax.map(
-            lambda xs: primitive.bind(*_filled(mapped, xs, args), **params), in_front
-        )
+        outs = jax.lax.map(lambda xs: primitive.bind(*filled(mapped, xs, args), **params), in_front)
         return outs, [0] * len(outs)
 
     return rule

@@ -12,13 +12,12 @@ arxiv.org/abs/2205.14135), so that attention is a plain sum over blocks,
     d out = A - L out,   d lse = L
 
 and all its derivatives are sums over blocks of derivatives of one block, which JAX takes
-(`block_sum`). By hand there is one thing: the transpose that the first backward pass uses, because
-a CPU wants its products laid out otherwise than automatic differentiation leaves them.
+(`block_sum`, `one_block`). By hand there is one thing: the transpose that the first backward pass
+uses, because a CPU wants its products laid out otherwise than automatic differentiation does.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,9 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from qkv_jax.ops import plan, scores
+from qkv_jax.ops import plan
 from qkv_jax.ops.arguments import Arguments, Stats
 from qkv_jax.ops.block_sum import (
-    Tangent,
-    _filled,
     batch_by_loop,
     block_shape,
     block_sum,
@@ -40,12 +37,12 @@ from qkv_jax.ops.block_sum import (
     padded,
     written,
 )
-from qkv_jax.ops.dropout import keep_mask
 from qkv_jax.ops.manual import abstract_array, varying_like
+from qkv_jax.ops.one_block import MeanLogit, Problem, Weighted, WeightedTangent
 from qkv_jax.ops.plan import Grid
 from qkv_jax.ops.reference import reference
 
-ROWS = 512
+ROWS = 512  # queries in one step on a CPU: as many batch rows as together have so many
 QKV = ("BTNH", "BSKH", "BSKh")
 
 
@@ -101,7 +98,7 @@ def _blockwise(args, entropy, blocks):
     return out, Stats(lse=lse, max_logit=jax.lax.stop_gradient(max_logit), entropy=difference)
 
 
-def _check_closures(problem: "Problem", grid: Grid, arrays: list[jax.Array]) -> None:
+def _check_closures(problem: Problem, grid: Grid, arrays: list[jax.Array]) -> None:
     """Traces mask and score on one block: what they return is checked, and what they close over."""
     blocks = (
         jax.ShapeDtypeStruct(block_shape(axes, x.shape, grid), x.dtype)
@@ -131,65 +128,6 @@ def _with_sinks(out, lse, mean_logit, sinks):
 def _finite(lse: jax.Array) -> jax.Array:
     """With 0 for a row that may attend to nothing, whose logits are all -inf: weights of 0."""
     return jnp.where(lse == -jnp.inf, 0, lse)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static half of an attention call: with one block's cuts of the arrays, all there is.
-
-    The arrays are q [B, T, N, H], k [B, S, K, H], v [B, S, K, h], the scale, the coordinates of
-    queries, keys, heads and batch rows, dropout's two words, and what mask and score carry.
-    """
-
-    tree: Any  # of (scale, where, words, mask, score)
-    axes: tuple[str, ...]  # of q, k, v and the leaves of that tree
-    T: int
-    S: int
-    ragged: bool
-    dropout_rate: float
-    dtype: Any
-
-    def logits(self, masked: bool, q: jax.Array, k: jax.Array, *leaves: jax.Array) -> jax.Array:
-        """What the softmax sees, [B, N, T, S] of a block; -inf where the mask forbids."""
-        scale, where, _, mask, score = jax.tree.unflatten(self.tree, leaves)
-        q, k = jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2)
-        B, N, T, H = q.shape
-        K, S = k.shape[1:3]
-        q, k = (q.astype(self.dtype) * scale).reshape(B, K, N // K * T, H), k.astype(self.dtype)
-        logits = jnp.einsum("BKRH,BKSH->BKRS", q, k).reshape(B, N, T, S)
-        return self.forbidden(masked, self.scored(logits, where, score), where, mask)
-
-    def scored(self, logits, where, score):
-        return scores.apply(score, logits, where["q_pos"], where["kv_pos"], where["head"])
-
-    def forbidden(self, masked: bool, logits, where, mask):
-        """The logits, -inf for those that the mask forbids."""
-        if not masked:
-            return logits
-        allowed = np.True_
-        if mask is not None:
-            allowed = mask.mask(where["q_pos"], where["kv_pos"], where["head"])
-        if self.ragged:
-            allowed = allowed & (where["query"] < self.T) & (where["key"] < self.S)
-        return jnp.where(allowed, logits, -jnp.inf)
-
-    def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
-        """The weights after dropout."""
-        if not self.dropout_rate:
-            return weights
-        keep = keep_mask(
-            words, self.dropout_rate, batch=where["batch"], head=where["head"],
-            query=where["query"], key=where["key"],
-        )  # fmt: skip
-        return jnp.where(keep, weights / (1 - self.dropout_rate), 0)
-
-    def combined(self, weights: jax.Array, v: jax.Array) -> jax.Array:
-        """weights [B, N, T, S] v [B, S, K, h], as [B, N, T, h]."""
-        v = jnp.swapaxes(v, 1, 2)
-        B, N, T, S = weights.shape
-        K, _, h = v.shape[1:]
-        rows = weights.reshape(B, K, N // K * T, S)
-        return jnp.einsum("BKRS,BKSh->BKRh", rows, v.astype(self.dtype)).reshape(B, N, T, h)
 
 
 def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
@@ -237,135 +175,6 @@ def _axes(x: jax.Array) -> str:
     if x.ndim != 4:
         return "_" * x.ndim
     return "".join(a if n > 1 else "_" for a, n in zip("BNTS", x.shape, strict=True))
-
-
-# Block functions. Each takes the problem's arrays, cut, and the log-sum-exp [B, N, T].
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighted:
-    """`sum over s of weight (v, 1)`: the output, and 1. Its derivative is that of attention."""
-
-    problem: Problem
-
-    def __call__(self, masked, q, k, v, *rest):
-        *leaves, lse = rest
-        problem = self.problem
-        _, where, words, _, _ = jax.tree.unflatten(problem.tree, leaves)
-        weights = jnp.exp(problem.logits(masked, q, k, *leaves) - lse[..., None])
-        out = problem.combined(problem.dropped(weights, where, words), v)
-        return [jnp.swapaxes(out, 1, 2), weights.sum(-1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanLogit:
-    """`sum over s of weight * logit`, from which the entropy follows."""
-
-    problem: Problem
-
-    def __call__(self, masked, q, k, v, *rest):
-        *leaves, lse = rest
-        logits = self.problem.logits(masked, q, k, *leaves)
-        finite = jnp.where(logits == -jnp.inf, 0, logits) if masked else logits
-        return [(jnp.exp(logits - lse[..., None]) * finite).sum(-1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionTangent(Tangent):
-    """The derivative of `Weighted`, with a transpose by hand."""
-
-    def transpose(self, linear, grid, schedule, others, cotangents, axes_in):
-        """The first backward pass, see `Backward`; None where this is not it."""
-        problem = self.f.problem
-        n = len(problem.axes) + 1
-        if any(linear[:n]) or not all(linear[n:]):
-            return None
-        d_out, d_total = cotangents
-        f = Backward(problem, self.moves)
-        turned = [x.transpose(0, 2, 3, 1) for x in (others[0], d_out)]
-        outs = block_sum(
-            f, grid, schedule, [*others, *turned, d_out, d_total],
-            (*axes_in[: len(others)], "BNHT", "BNhT", "BTNh", "BNT"),
-            f.out_axes,
-        )  # fmt: skip
-        moving = [x for x, moves in zip(others, self.moves, strict=False) if moves]
-        return [
-            (x.transpose(0, 3, 1, 2) if turned else x).astype(primal.dtype)
-            for x, turned, primal in zip(outs, f.turned, moving, strict=True)
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Backward:
-    """The transpose of `Tangent(Weighted)`, its products laid out for a CPU.
-
-    Takes the problem's arrays, lse, q and d_out with their last axes exchanged, and the cotangents
-    d_out [B, N, T, h] and d_total [B, N, T]. Contracting weights [T, S] over T is several times
-    slower than over S, unless the other factor comes as [H, T] and the result as [H, S].
-    """
-
-    problem: Problem
-    moves: tuple[bool, ...]
-
-    @property
-    def turned(self) -> list[bool]:
-        """Which outputs have their last axes exchanged: those of k and v."""
-        return [i in (1, 2) for i, moves in enumerate(self.moves) if moves]
-
-    @property
-    def out_axes(self) -> tuple[str, ...]:
-        axes = ("BTNH", "BKHS", "BKhS", *self.problem.axes[3:])
-        return tuple(a for a, moves in zip(axes, self.moves, strict=False) if moves)
-
-    def __call__(self, masked, q, k, v, *rest):
-        *leaves, lse, q_turned, d_out_turned, d_out, d_total = rest
-        p = self.problem
-        scale, where, words, mask, score = jax.tree.unflatten(p.tree, leaves)
-        q, k, v, d_out = (jnp.swapaxes(x, 1, 2).astype(p.dtype) for x in (q, k, v, d_out))
-        B, N, T, H = q.shape
-        K, S = k.shape[1:3]
-        G = N // K
-        products = jnp.einsum("BKRH,BKSH->BKRS", (q * scale).reshape(B, K, G * T, H), k)
-        raw = products.reshape(B, N, T, S)
-        leaves_score, tree_score = jax.tree.flatten(score)
-        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves_score]
-
-        def scored(raw, moving):
-            score = jax.tree.unflatten(tree_score, _filled(floating, moving, leaves_score))
-            return p.scored(raw, where, score)
-
-        moving = [x for f, x in zip(floating, leaves_score, strict=True) if f]
-        after, pullback = jax.vjp(scored, raw, moving)
-        weights = jnp.exp(p.forbidden(masked, after, where, mask) - lse[..., None])
-        d_weights = jnp.einsum("BKRh,BKSh->BKRS", d_out.reshape(B, K, G * T, -1), v)
-        d_weights = p.dropped(d_weights.reshape(B, N, T, S), where, words)
-        d_after = weights * (d_weights + d_total[..., None])
-        d_raw, d_moving = pullback(d_after)
-        outs = {}
-        if self.moves[0]:
-            rows = d_raw.reshape(B, K, G * T, S)
-            d_q = scale * jnp.einsum("BKRS,BKSH->BKRH", rows, k).reshape(B, N, T, H)
-            outs[0] = jnp.swapaxes(d_q, 1, 2)
-        if self.moves[1]:
-            outs[1] = self._over_rows(q_turned.astype(p.dtype) * scale, d_raw, K)
-        if self.moves[2]:
-            outs[2] = self._over_rows(d_out_turned, p.dropped(weights, where, words), K)
-        first = len(p.axes) - len(leaves_score)
-        d_score = iter(d_moving)
-        for i, f in enumerate(floating):
-            gradient = next(d_score) if f else None
-            if self.moves[first + i]:
-                outs[first + i] = gradient
-        if self.moves[3]:
-            products = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), k)
-            outs[3] = (d_raw * products.reshape(raw.shape)).sum()
-        return [outs[i] for i in sorted(outs)]
-
-    def _over_rows(self, turned, weights, K):
-        """turned [B, N, H, T] weights [B, N, T, S], summed over T and the heads of a group."""
-        product = jnp.einsum("BNHT,BNTS->BNHS", turned, weights)
-        B, N, H, S = product.shape
-        return product if N == K else product.reshape(B, K, N // K, H, S).sum(2)
 
 
 # attend: the fused forward pass
@@ -453,7 +262,7 @@ def _jvp_attend(primals, tangents, *, problem, grid):
         return [out, lse, max_logit], zeros
     moved = [t for t in tangents[2:] if type(t) is not ad.Zero]
     axes = (*problem.axes, "BNT")
-    f = AttentionTangent(Weighted(problem), moves)
+    f = WeightedTangent(Weighted(problem), moves)
     A, L = block_sum(
         f, grid, schedule, [*arrays, _finite(lse), *moved],
         (*axes, *(a for a, m in zip(axes, moves, strict=True) if m)), ("BTNh", "BNT"),
