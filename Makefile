@@ -6,7 +6,7 @@
 MAKEFLAGS += --no-builtin-rules
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench test test-all lint
+.PHONY: help setup train bench test test-all lint docs
 
 ARGS ?=
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
@@ -37,12 +37,16 @@ bench: $(venv)/.installed-requirements  ## time what the README's tables claim
 test: $(venv)/.installed-requirements-test  ## run the tests, except the slow ones and the oracles
 	$(pytest) -m "not slow and not oracle" $(ARGS)
 
+test-all: $(venv)/.installed-requirements-docs
 test-all: $(venv)/.installed-requirements-oracle  ## run all tests, also against PyTorch
 	$(pytest) $(ARGS)
 
 lint: $(venv)/.installed-requirements-test  ## check the code's format, and for common mistakes
 	$(python) -m ruff format --check
 	$(python) -m ruff check
+
+docs: $(venv)/.installed-requirements-docs  ## write the guides and the reference to site/
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict $(ARGS)
 
 # --- Installing: .venv/.installed-X is as old as the last installation of X.txt -------------------
 

@@ -27,11 +27,47 @@ def run(blocks: list[str]) -> str:
     return printed.getvalue()
 
 
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
 def test_the_code_of_the_readme_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    blocks = python_blocks(README)
     assert len(blocks) >= 4
     printed = run(blocks)
     assert "the cat sat on the mat" in printed  # what the model of the last block has learned
+
+
+def test_the_code_of_the_home_page_runs():
+    blocks = python_blocks((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert blocks
+    run(blocks)
+
+
+FLEX = (ROOT / "docs" / "flex_attention.md").read_text(encoding="utf-8")
+# What stands before the first heading, which all recipes share; then heading -> section.
+SHARED, *SECTIONS = re.split(r"^## (.+)\n", FLEX, flags=re.M)
+RECIPES = dict(zip(SECTIONS[::2], SECTIONS[1::2], strict=True))
+CONTRACT = RECIPES.pop("What else holds")
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_equals_the_attention_that_it_writes_out(name, implementation):
+    shared, recipe = python_blocks(SHARED), python_blocks(RECIPES[name])
+    assert shared and any("check(" in block for block in recipe)
+    if implementation == "reference":
+        readable = [block.replace("ops.Blockwise(64, 64)", '"reference"') for block in shared]
+        assert readable != shared
+        shared = readable
+    run(shared + recipe)
+
+
+def test_what_the_guide_to_flexible_attention_promises_holds():
+    assert len(RECIPES) == 12
+    blocks = python_blocks(CONTRACT)
+    assert len(blocks) == CONTRACT.count("\n**") == 4  # a block for each promise
+    run(python_blocks(SHARED) + blocks)
 
 
 def notebook_cells() -> list[str]:

@@ -13,7 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-REQUIREMENTS = ["requirements.txt", "requirements-test.txt", "requirements-oracle.txt"]
+REQUIREMENTS = [
+    "requirements.txt", "requirements-test.txt", "requirements-oracle.txt", "requirements-docs.txt",
+]  # fmt: skip
 
 
 def requirements(name: str) -> list[tuple[Requirement, str]]:
@@ -148,11 +150,20 @@ def test_flags_are_passed_on(checkout):
 def test_the_oracles_are_installed_for_all_tests_alone(checkout):
     log = pretend_environment(checkout)
     make(checkout, "test")
-    assert "oracle.txt" not in log.read_text()
+    assert "oracle.txt" not in log.read_text() and "docs.txt" not in log.read_text()
     assert re.search(r"-m pytest .*not slow and not oracle", log.read_text())
     make(checkout, "test-all")
     assert "-m pip install -r requirements-oracle.txt" in log.read_text()
+    assert "-m pip install -r requirements-docs.txt" in log.read_text()
     assert "not oracle" not in log.read_text().splitlines()[-1]
+
+
+def test_the_pages_are_built_without_what_the_scripts_need(checkout):
+    log = pretend_environment(checkout)
+    assert make(checkout, "docs").returncode == 0
+    install, build = (line.strip() for line in log.read_text().splitlines())
+    assert install == "-m pip install -r requirements-docs.txt"
+    assert build == "-m mkdocs build --strict"
 
 
 def test_help_names_every_command(checkout):
