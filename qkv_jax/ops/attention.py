@@ -58,7 +58,9 @@ def attention(
       q_positions: integers [T] or [B, T]; by default 0 ... T-1. Where T != S, masks and scores that
         compare positions need them.
       kv_positions: integers [S] or [B, S]; by default 0 ... S-1.
-      implementation: "reference", or None for the fastest that honours every argument.
+      implementation: "reference" (all T x S weights at once), "blockwise" (memory linear in T and
+        S; `ops.Blockwise` sets its block sizes), or None for the one measured to be faster at this
+        size. `ops.explain` says which, and why. The answers are the same.
 
     Returns:
       [B, T, N, h], in the dtype of `v`.

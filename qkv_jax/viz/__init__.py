@@ -4,6 +4,7 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 writes it. Importing this package does not import matplotlib: drawing does.
 """
 
+from qkv_jax.viz.block_map import block_map
 from qkv_jax.viz.curves import loss_curve
 from qkv_jax.viz.heatmap import attention_heatmap, heads_figure
 from qkv_jax.viz.matrices import matrices_figure
@@ -11,6 +12,7 @@ from qkv_jax.viz.style import save_figure, visible
 
 __all__ = [
     "attention_heatmap",
+    "block_map",
     "heads_figure",
     "loss_curve",
     "matrices_figure",
