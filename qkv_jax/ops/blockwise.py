@@ -132,7 +132,7 @@ def _finite(lse: jax.Array) -> jax.Array:
 
 def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
     """The call as a static problem, a grid, a schedule, and arrays that may be traced."""
-    grid = _grid(args, blocks)
+    grid = grid_of(args, blocks)
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     grid, *schedule = plan.schedule(cover, grid)
 
@@ -159,7 +159,7 @@ def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
     return problem, grid, schedule, [args.q, args.k, args.v, *leaves]
 
 
-def _grid(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
+def grid_of(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
     B, T, N, _ = args.q.shape
     S, K = args.k.shape[1:3]
     platform = jax.default_backend()

@@ -7,8 +7,8 @@ import numpy as np
 
 from qkv_jax.ops import arguments, plan
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.attention import IMPLEMENTATIONS, _chosen, blockwise_pays
-from qkv_jax.ops.blockwise import Blockwise, _grid
+from qkv_jax.ops.attention import IMPLEMENTATIONS, chosen, blockwise_pays
+from qkv_jax.ops.blockwise import Blockwise, grid_of
 from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
 from qkv_jax.ops.reference import reference
@@ -134,10 +134,10 @@ def explain(
     shapes = {"q": args.q.shape, "k": args.k.shape, "v": args.v.shape}
     if empty := [f"{name} {list(shape)}" for name, shape in shapes.items() if 0 in shape]:
         raise ValueError(f"explain: wanted no empty axis, got {', '.join(empty)}")
-    chosen = _chosen(args, implementation)
+    chosen = chosen(args, implementation)
     name = "reference" if chosen is reference else "blockwise"
     blocks = chosen if name == "blockwise" else IMPLEMENTATIONS["blockwise"]
-    grid = _grid(args, (blocks.block_q, blocks.block_kv))
+    grid = grid_of(args, (blocks.block_q, blocks.block_kv))
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     grid, *_ = plan.schedule(cover, grid)
     counts = _counts(cover, grid)
