@@ -73,7 +73,7 @@ def attention(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
     )  # fmt: skip
-    out, _ = chosen(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation)(args, entropy=False)
     return out
 
 
@@ -104,7 +104,7 @@ def attention_with_stats(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
     )  # fmt: skip
-    return chosen(args, implementation)(args, entropy=True)
+    return choose(args, implementation)(args, entropy=True)
 
 
 def attention_weights(
@@ -176,7 +176,8 @@ def merge(out_a: Array, stats_a: Stats, out_b: Array, stats_b: Stats) -> tuple[j
     )
 
 
-def chosen(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
+def choose(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
+    """The implementation that was asked for, or the one that pays."""
     if isinstance(implementation, Blockwise):
         return implementation
     if implementation is None:

@@ -160,6 +160,7 @@ def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
 
 
 def grid_of(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
+    """How a call is cut into blocks."""
     B, T, N, _ = args.q.shape
     S, K = args.k.shape[1:3]
     platform = jax.default_backend()
