@@ -2,17 +2,19 @@
 
     python -m experiments.benchmark train --text=data/tinyshakespeare.txt \
         --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
+    python -m experiments.benchmark attention
 
 `train` measures this repository's training on Shakespeare's characters, and beside it nanoGPT's own
 `train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
 `--nanogpt_python` a Python that has PyTorch. The table goes to the terminal and to `--out`, with
 the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
+
+`attention` measures one call of attention beside JAX's own and PyTorch's: `benchmark_attention`.
 """
 
 import dataclasses
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -25,6 +27,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
+from experiments.benchmark_attention import QUICK, benchmark_attention
+from experiments.benchmark_table import processor
 from qkv_jax.training.run_directory import versions, write_text_atomic
 from qkv_jax.training.writers import read_metrics
 
@@ -33,7 +37,7 @@ NANOGPT = flags.DEFINE_string("nanogpt", None, "a checkout of karpathy/nanoGPT t
 NANOGPT_PYTHON = flags.DEFINE_string("nanogpt_python", sys.executable, "a Python with PyTorch")
 REPEATS = flags.DEFINE_integer("repeats", 3, "alternations of the timed runs", lower_bound=1)
 TIMED_STEPS = flags.DEFINE_integer("timed_steps", 300, "steps of a timed run", lower_bound=50)
-OUT = flags.DEFINE_string("out", "results/benchmark_train", "the table, .md and .json")
+OUT = flags.DEFINE_string("out", None, "the table, .md and .json; by default in results/")
 
 ROOT = Path(__file__).resolve().parents[1]
 # nats and seconds: what nanoGPT's CPU setting reached on 2 cores when it was measured first
@@ -254,7 +258,7 @@ def write(rows: list[tuple[str, str, str]]) -> None:
     """Prints the table and writes it, with what it was made with."""
     table = ["| what | nanoGPT | ours |", "|---|---:|---:|"]
     table += [f"| {what} | {theirs} | {ours} |" for what, theirs, ours in rows]
-    made = versions() | {"cores": str(os.cpu_count()), "processor": _processor()}
+    made = versions() | {"cores": str(os.cpu_count()), "processor": processor()}
     lines = [
         "# Training on the CPU, beside nanoGPT",
         "",
@@ -271,22 +275,20 @@ def write(rows: list[tuple[str, str, str]]) -> None:
         "",
     ]
     print("\n" + "\n".join(table))
-    out = Path(OUT.value)
+    out = Path(OUT.value or "results/benchmark_train")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(out.with_suffix(".md"), "\n".join(lines))
     record = {"rows": rows, "made_with": made}
     write_text_atomic(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
 
 
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
+def attention() -> None:
+    """What `benchmark_attention` writes; a quick run leaves the committed results alone."""
+    folder = Path(tempfile.gettempdir() if QUICK.value else "results")
+    benchmark_attention(Path(OUT.value or folder / "benchmark_attention"))
 
 
-BENCHMARKS = {"train": benchmark_train}
+BENCHMARKS = {"attention": attention, "train": benchmark_train}
 
 
 def main(argv: list[str]) -> None:
