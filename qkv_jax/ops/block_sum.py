@@ -15,7 +15,8 @@ once. They close over no arrays.
 
 How an array lies over the plane is a string with a letter per axis: `B`, `N`, `K`, `T` and `S` (see
 `qkv_jax.ops`) are cut, any other letter is passed whole. Queries are "BNTH", keys "BKSH", ALiBi's
-slopes "_N__", a table "__".
+slopes "_N__", a table "__". An array kept block by block has an axis `t` or `s` of blocks, and the
+elements of a block on an axis of its own: a block of it lies together in memory.
 """
 
 import dataclasses
@@ -119,6 +120,11 @@ def block_shape(axes: str, shape: Sequence[int], grid: Grid) -> tuple[int, ...]:
     return tuple(grid.cuts[a][1] if a in grid.cuts else n for a, n in zip(axes, shape, strict=True))
 
 
+def along(axes: str, letters: str) -> bool:
+    """Whether an array has any of these axes."""
+    return not set(letters).isdisjoint(axes)
+
+
 def padded(x: jax.Array, axes: str, grid: Grid) -> jax.Array:
     """An array with its last query and key repeated up to whole blocks."""
     cuts = grid.cuts
@@ -175,6 +181,7 @@ def for_each_row_of_blocks(
             "N": n * grid.heads,
             "K": n * grid.heads * grid.K // grid.N,
             "T": i * grid.block_q,
+            "t": i,
         }
         partial, total = counts[where][0], counts[where][1]
 
@@ -182,7 +189,7 @@ def for_each_row_of_blocks(
             def masked_or_not(masked):
                 def one(j, carry):
                     block = order[(*where, j)]
-                    return step(masked, carry, start | {"S": block * grid.block_kv})
+                    return step(masked, carry, start | {"S": block * grid.block_kv, "s": block})
 
                 return one
 
@@ -201,16 +208,17 @@ def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
     outs = _out_shapes(arrays, f, grid, in_axes, out_axes)
     xs = [padded(x, axes, grid) for x, axes in zip(arrays, in_axes, strict=True)]
     like = [order, *arrays]
-    in_row = ["T" in axes and "S" not in axes for axes in out_axes]
+    in_row = [along(axes, "Tt") and not along(axes, "Ss") for axes in out_axes]
 
     def body(buffers, start, inner):
         of_row = [
-            x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, in_axes, strict=True)
+            x if along(a, "Ss") else cut(x, a, start, grid)
+            for x, a in zip(xs, in_axes, strict=True)
         ]
 
         def step(masked, carry, start):
             cuts = [
-                cut(x, a, start, grid) if "S" in a else x
+                cut(x, a, start, grid) if along(a, "Ss") else x
                 for x, a in zip(of_row, in_axes, strict=True)
             ]
             blocks = f(masked, *cuts)
@@ -255,7 +263,7 @@ def _out_shapes(arrays, f, grid, in_axes, out_axes) -> list[tuple[tuple[int, ...
         jax.ShapeDtypeStruct(block_shape(axes, x.shape, grid), x.dtype)
         for x, axes in zip(arrays, in_axes, strict=True)
     )
-    sizes = {"B": grid.B, "N": grid.N, "K": grid.K, "T": grid.T, "S": grid.S}
+    sizes = {a: length for a, (length, _) in grid.cuts.items()} | {"T": grid.T, "S": grid.S}
     return [
         (tuple(sizes.get(a, n) for a, n in zip(axes, block.shape, strict=True)), block.dtype)
         for block, axes in zip(_blocks_of(f, cuts), out_axes, strict=True)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import scores
-from qkv_jax.ops.block_sum import Tangent, block_sum, filled
+from qkv_jax.ops.block_sum import Tangent, block_sum, filled, padded
 from qkv_jax.ops.dropout import keep_mask
+from qkv_jax.ops.plan import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +134,29 @@ class WeightedTangent(Tangent):
         if any(linear[:inputs]) or not all(linear[inputs:]) or not f.possible:
             return None
         d_out, d_total = cotangents
-        turned = [x.transpose(0, 2, 3, 1) for x in (others[0], d_out)]
+        turned = [_turned(x, grid) for x in (others[0], d_out)]
         outs = block_sum(
             f, grid, schedule, [*others, *turned, d_out, d_total],
-            (*axes_in[:inputs], "BNHT", "BNhT", "BTNh", "BNT"), f.out_axes,
+            (*axes_in[:inputs], "tBNH_", "tBNh_", "BTNh", "BNT"), f.out_axes,
         )  # fmt: skip
         moving = [x for x, moves in zip(others, self.moves, strict=True) if moves]
         return [
-            (x.transpose(0, 3, 1, 2) if axes in ("BKHS", "BKhS") else x).astype(primal.dtype)
+            (_turned_back(x, grid) if axes[0] == "s" else x).astype(primal.dtype)
             for x, axes, primal in zip(outs, f.out_axes, moving, strict=True)
         ]
+
+
+def _turned(x: jax.Array, grid: Grid) -> jax.Array:
+    """[B, T, N, H] block by block and turned: [q blocks, B, N, H, block_q]."""
+    x = padded(x, "BTNH", grid)
+    B, _, N, H = x.shape
+    return x.reshape(B, grid.q_blocks, grid.block_q, N, H).transpose(1, 0, 3, 4, 2)
+
+
+def _turned_back(x: jax.Array, grid: Grid) -> jax.Array:
+    """[kv blocks, B, K, H, block_kv] as [B, S, K, H]."""
+    _, B, K, H, _ = x.shape
+    return x.transpose(1, 0, 4, 2, 3).reshape(B, -1, K, H)[:, : grid.S]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +165,7 @@ class Backward:
 
     There, contracting weights [T, S] over T takes twice as long as over S, unless the other factor
     comes as [H, T] and the result leaves as [H, S]. Takes the problem's arrays and lse; q and d_out
-    turned to [B, N, H, T]; and the cotangents d_out [B, T, N, h] and d_total [B, N, T].
+    turned, block by block; and the cotangents d_out [B, T, N, h] and d_total [B, N, T].
     """
 
     problem: Problem
@@ -164,7 +178,7 @@ class Backward:
 
     @property
     def out_axes(self) -> tuple[str, ...]:
-        axes = ("BTNH", "BKHS", "BKhS", *self.problem.axes[3:])
+        axes = ("BTNH", "sBKH_", "sBKh_", *self.problem.axes[3:])
         return tuple(a for a, moves in zip(axes, self.moves, strict=False) if moves)
 
     def __call__(self, masked, q, k, v, *rest):
@@ -190,8 +204,8 @@ class Backward:
         weights = p.dropped(weights, where, words)
         gradients = (
             lambda: jnp.swapaxes(scale * p.combined(d_raw, k), 1, 2),
-            lambda: p.over_queries(q_turned * scale, d_raw, k.shape[2]),
-            lambda: p.over_queries(d_out_turned, weights, k.shape[2]),
+            lambda: p.over_queries(q_turned[0] * scale, d_raw, k.shape[2])[None],
+            lambda: p.over_queries(d_out_turned[0], weights, k.shape[2])[None],
             lambda: (d_raw * p.products(q, k, 1)).sum(),
         )
         moves = zip(gradients, self.moves[:4], strict=True)

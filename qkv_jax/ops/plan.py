@@ -53,7 +53,10 @@ class Grid:
 
     @property
     def cuts(self) -> dict[str, tuple[int, int]]:
-        """By axis: the padded length, and how much of it one block takes."""
+        """By axis: the padded length, and how much of it one block takes.
+
+        `t` and `s` count blocks of queries and of keys.
+        """
         kv_heads = self.K if self.heads == self.N else 1
         return {
             "B": (self.B, self.rows),
@@ -61,6 +64,8 @@ class Grid:
             "K": (self.K, kv_heads),
             "T": (self.q_blocks * self.block_q, self.block_q),
             "S": (self.kv_blocks * self.block_kv, self.block_kv),
+            "t": (self.q_blocks, 1),
+            "s": (self.kv_blocks, 1),
         }
 
 
