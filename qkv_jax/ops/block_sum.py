@@ -14,7 +14,7 @@ result, never for T x S. Block functions are values (frozen dataclasses): two eq
 once. They close over no arrays.
 
 How an array lies over the plane is a string with a letter per axis: `B`, `N`, `K`, `T` and `S` (see
-`qkv_jax.ops`) are cut, any other letter is passed whole. Queries are "BNTH", keys "BKSH", ALiBi's
+`qkv_jax.ops`) are cut, any other letter is passed whole. Queries are "BTNH", keys "BSKH", ALiBi's
 slopes "_N__", a table "__". An array kept block by block has an axis `t` or `s` of blocks, and the
 elements of a block on an axis of its own: a block of it lies together in memory.
 """
