@@ -161,13 +161,28 @@ def written(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) ->
 
 
 def for_each_row_of_blocks(
-    grid: Grid, plan: tuple[jax.Array, jax.Array], body: Callable, carry: Any
+    grid: Grid,
+    plan: tuple[jax.Array, jax.Array],
+    arrays: Sequence[jax.Array],
+    in_axes: Sequence[str],
+    body: Callable,
+    carry: Any,
 ) -> Any:
     """Calls `carry = body(carry, start, inner)` for every block of queries.
 
     `start` says where the block begins on each axis. `inner(step, carry)` calls
-    `carry = step(masked, carry, start)` for every block of keys that the plan lists.
+    `carry = step(masked, carry, start, cuts)` for every block of keys that the plan lists, with the
+    arrays cut to the block: what does not lie along the keys is cut once for the row.
     """
+    xs = [padded(x, axes, grid) for x, axes in zip(arrays, in_axes, strict=True)]
+    of_keys = [along(axes, "Ss") for axes in in_axes]
+
+    def cuts_of(xs, where, start):
+        return [
+            cut(x, axes, start, grid) if here else x
+            for x, axes, here in zip(xs, in_axes, where, strict=True)
+        ]
+
     order, counts = plan
     heads = grid.N // grid.heads
     steps = grid.B // grid.rows * heads * grid.q_blocks
@@ -184,12 +199,14 @@ def for_each_row_of_blocks(
             "t": i,
         }
         partial, total = counts[where][0], counts[where][1]
+        of_row = cuts_of(xs, [not here for here in of_keys], start)
 
         def inner(step, carry):
             def masked_or_not(masked):
                 def one(j, carry):
                     block = order[(*where, j)]
-                    return step(masked, carry, start | {"S": block * grid.block_kv, "s": block})
+                    at = start | {"S": block * grid.block_kv, "s": block}
+                    return step(masked, carry, at, cuts_of(of_row, of_keys, at))
 
                 return one
 
@@ -206,21 +223,11 @@ def for_each_row_of_blocks(
 
 def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
     outs = _out_shapes(arrays, f, grid, in_axes, out_axes)
-    xs = [padded(x, axes, grid) for x, axes in zip(arrays, in_axes, strict=True)]
     like = [order, *arrays]
     in_row = [along(axes, "Tt") and not along(axes, "Ss") for axes in out_axes]
 
     def body(buffers, start, inner):
-        of_row = [
-            x if along(a, "Ss") else cut(x, a, start, grid)
-            for x, a in zip(xs, in_axes, strict=True)
-        ]
-
-        def step(masked, carry, start):
-            cuts = [
-                cut(x, a, start, grid) if along(a, "Ss") else x
-                for x, a in zip(of_row, in_axes, strict=True)
-            ]
+        def step(masked, carry, start, cuts):
             blocks = f(masked, *cuts)
             return [
                 old + block if row else added(old, block, axes, start)
@@ -242,7 +249,7 @@ def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
         _zeros(_padded_shape(axes, shape, grid), jnp.promote_types(dtype, jnp.float32), like)
         for (shape, dtype), axes in zip(outs, out_axes, strict=True)
     ]
-    buffers = for_each_row_of_blocks(grid, (order, counts), body, buffers)
+    buffers = for_each_row_of_blocks(grid, (order, counts), arrays, in_axes, body, buffers)
     return [
         x[tuple(map(slice, shape))].astype(dtype)
         for x, (shape, dtype) in zip(buffers, outs, strict=True)
@@ -281,9 +288,7 @@ block_sum_p = Primitive("block_sum")
 block_sum_p.multiple_results = True
 
 
-@functools.partial(jax.jit, static_argnames=("f", "grid", "in_axes", "out_axes"))
-def _compiled(*args, **params):
-    return _implementation(*args, **params)
+_compiled = jax.jit(_implementation, static_argnames=("f", "grid", "in_axes", "out_axes"))
 
 
 def _abstract(order, counts, *arrays, f, grid, in_axes, out_axes):

@@ -31,12 +31,11 @@ from qkv_jax.ops.block_sum import (
     batch_by_loop,
     block_shape,
     block_sum,
-    cut,
     for_each_row_of_blocks,
     no_tangent,
-    padded,
     written,
 )
+from qkv_jax.ops.dropout import key_words
 from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.one_block import MeanLogit, Problem, Weighted, WeightedTangent
 from qkv_jax.ops.plan import Grid
@@ -79,10 +78,10 @@ def _blockwise(args, entropy, blocks):
         return reference(args)
     problem, grid, schedule, arrays = prepared(args, blocks)
     _check_closures(problem, grid, arrays)
-    arrays = varying_like([*schedule, *arrays], arrays)
-    schedule = varying_like([*schedule, *arrays], schedule)
+    order, counts, *arrays = varying_like([*schedule, *arrays], [*schedule, *arrays])
+    schedule = order, counts
     out, lse, max_logit = attend_p.bind(*schedule, *arrays, problem=problem, grid=grid)
-    mean_logit = None
+    mean_logit = None  # where nobody asked for the entropy
     if entropy:
         (mean_logit,) = block_sum(
             MeanLogit(problem), grid, schedule, [*arrays, _finite(lse)],
@@ -90,12 +89,11 @@ def _blockwise(args, entropy, blocks):
         )  # fmt: skip
     if args.sinks is not None:
         out, lse, mean_logit = _with_sinks(out, lse, mean_logit, args.sinks.astype(args.dtype))
-    out = out.astype(args.v.dtype)
-    if mean_logit is None:
-        mean_logit = lse
-    empty = lse == -jnp.inf
-    difference = jnp.where(empty, 0, lse) - jnp.where(empty, 0, mean_logit)
-    return out, Stats(lse=lse, max_logit=jax.lax.stop_gradient(max_logit), entropy=difference)
+    return out.astype(args.v.dtype), Stats(
+        lse=lse,
+        max_logit=jax.lax.stop_gradient(max_logit),
+        entropy=_finite(lse) - mean_logit if entropy else None,
+    )
 
 
 def _check_closures(problem: Problem, grid: Grid, arrays: list[jax.Array]) -> None:
@@ -145,10 +143,7 @@ def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
         "q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head,
         "batch": indices("B"), "query": indices("T"), "key": indices("S"),
     }  # fmt: skip
-    words = None
-    if args.dropout_rate:
-        rng = args.dropout_rng
-        words = rng if jnp.issubdtype(rng.dtype, jnp.uint32) else jax.random.key_data(rng)
+    words = key_words(args.dropout_rng) if args.dropout_rate else None
     scale = jnp.asarray(args.scale, args.dtype)
     leaves, tree = jax.tree.flatten((scale, where, words, args.mask, args.score))
     leaves = [jnp.asarray(x) for x in leaves]
@@ -188,21 +183,13 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
     """Output [B, T, N, h], log-sum-exp and largest logit [B, N, T], in the problem's dtype."""
     arrays = [q, k, v, *leaves]
     dtype = problem.dtype
-    xs = [padded(x, axes, grid) for x, axes in zip(arrays, problem.axes, strict=True)]
     like = [order, *arrays]
     per_row, per_out = "BNT", "BTNh"
     shape = (grid.B, grid.N, grid.q_blocks * grid.block_q)
 
     def body(buffers, start, inner):
-        of_row = [
-            x if "S" in a else cut(x, a, start, grid) for x, a in zip(xs, problem.axes, strict=True)
-        ]
-
-        def step(masked, carry, start):
-            q, k, v, *leaves = (
-                cut(x, a, start, grid) if "S" in a else x
-                for x, a in zip(of_row, problem.axes, strict=True)
-            )
+        def step(masked, carry, start, cuts):
+            q, k, v, *leaves = cuts
             _, where, words, _, _ = jax.tree.unflatten(problem.tree, leaves)
             peak, total, out = carry
             logits = problem.logits(masked, q, k, *leaves)
@@ -239,8 +226,9 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
     ]
-    buffers = for_each_row_of_blocks(grid, (order, counts), body, varying_like(like, buffers))
-    out, lse, peak = buffers
+    out, lse, peak = for_each_row_of_blocks(
+        grid, (order, counts), arrays, problem.axes, body, varying_like(like, buffers)
+    )
     return [out[:, : grid.T], lse[:, :, : grid.T], peak[:, :, : grid.T]]
 
 

@@ -28,11 +28,29 @@ def keep_mask(
     Returns:
       bool, of the shape to which the indices broadcast.
     """
-    words = rng if jnp.issubdtype(rng.dtype, jnp.uint32) else jax.random.key_data(rng)
+    words = key_words(rng)
     first, second = words.reshape(-1)[0], words.reshape(-1)[-1]
     row = _mix(_mix(_mix(first ^ _word(batch)) ^ _word(head)) ^ _word(query))
     column = _mix(second ^ _mix(_word(key) + np.uint32(0x9E3779B9)))
     return _mix(row ^ column) >= np.uint32(min(rate * 2**32, 2**32 - 1))
+
+
+def dropped(weights: jax.Array, rng: Array, rate: float, **indices: Array) -> jax.Array:
+    """The weights that survive, grown by 1 / (1 - rate), and 0; `keep_mask` says which.
+
+    Args:
+      weights: floating, of the shape to which the indices broadcast.
+      rng, rate: as in `keep_mask`; at rate 0 nothing is dropped and rng may be None.
+      **indices: batch, head, query and key, as in `keep_mask`.
+    """
+    if rate == 0:
+        return weights
+    return jnp.where(keep_mask(rng, rate, **indices), weights / (1 - rate), 0)
+
+
+def key_words(rng: Array) -> jax.Array:
+    """The words of a key, typed or raw."""
+    return rng if jnp.issubdtype(rng.dtype, jnp.uint32) else jax.random.key_data(rng)
 
 
 def _word(index: Array) -> jax.Array:

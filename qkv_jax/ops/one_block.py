@@ -13,7 +13,7 @@ import numpy as np
 
 from qkv_jax.ops import scores
 from qkv_jax.ops.block_sum import Tangent, block_sum, filled, padded
-from qkv_jax.ops.dropout import keep_mask
+from qkv_jax.ops.dropout import dropped
 from qkv_jax.ops.plan import Grid
 
 
@@ -69,13 +69,8 @@ class Problem:
 
     def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
         """The weights after dropout."""
-        if not self.dropout_rate:
-            return weights
-        keep = keep_mask(
-            words, self.dropout_rate, batch=where["batch"], head=where["head"],
-            query=where["query"], key=where["key"],
-        )  # fmt: skip
-        return jnp.where(keep, weights / (1 - self.dropout_rate), 0)
+        indices = {name: where[name] for name in ("batch", "head", "query", "key")}
+        return dropped(weights, words, self.dropout_rate, **indices)
 
     def combined(self, weights: jax.Array, v: jax.Array) -> jax.Array:
         """weights [B, N, T, S] v [B, S, K, h], as [B, N, T, h]."""

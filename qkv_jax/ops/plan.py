@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
+from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask, namespace
 
 Array = jax.Array | np.ndarray
 
@@ -100,26 +100,23 @@ def coverage(mask: Mask | None, q_pos: Array, kv_pos: Array, head: Array, grid: 
     Returns:
       NumPy if mask and positions are known while tracing.
     """
-    arrays = [x for x in (q_pos, kv_pos, *jax.tree.leaves(mask)) if not isinstance(x, int | float)]
-    known = not any(isinstance(x, jax.core.Tracer) for x in arrays)
     q_blocks, kv_blocks = grid.q_blocks, grid.kv_blocks
     shape = (1, 1, q_blocks, kv_blocks)
     if mask is None:
         cover = np.full(shape, ALL, np.int8)
     else:
-        if known:
-            mask, q_pos, kv_pos = jax.tree.map(np.asarray, (mask, q_pos, kv_pos))
-        else:
-            mask, q_pos, kv_pos = jax.tree.map(jnp.asarray, (mask, q_pos, kv_pos))
+        arrays = (q_pos, kv_pos, mask)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+        np_ = jnp if traced else np
+        q_pos, kv_pos, mask = jax.tree.map(np_.asarray, arrays)
         look = BlockBounds(grid, q_pos, kv_pos, head)
         cover = mask.cover(look(q_pos), look(kv_pos), look)
-        np_ = np if known else jnp
         cover = np_.broadcast_to(np_.asarray(cover, np.int8), (*cover.shape[:2], *shape[2:]))
     if grid.ragged:  # what sticks out is cut off by the predicate
         whole_q = (np.arange(q_blocks) + 1) * grid.block_q <= grid.T
         whole_kv = (np.arange(kv_blocks) + 1) * grid.block_kv <= grid.S
         whole = whole_q[:, None] & whole_kv
-        np_ = np if isinstance(cover, np.ndarray) else jnp
+        np_ = namespace(cover)
         cover = np_.where(whole, cover, np_.minimum(cover, np.int8(SOME)))
     return cover
 
@@ -144,7 +141,7 @@ class BlockBounds:
         SOME where positions or operands are traced: to evaluate those would cost T x S each time.
         """
         grid = self.grid
-        if any(isinstance(x, jax.Array) for x in (self.q_pos, self.kv_pos, *jax.tree.leaves(mask))):
+        if namespace(self.q_pos, self.kv_pos, *jax.tree.leaves(mask)) is jnp:
             return np.full((1, 1, 1, 1), SOME, np.int8)
         rows = []
         for start in range(0, grid.T, grid.block_q):
@@ -162,7 +159,7 @@ class BlockBounds:
 
 def _blocked(x: Array, grid: Grid) -> Array:
     """An aligned array as [B, N, q blocks, block_q, kv blocks, block_kv], edges repeated."""
-    np_ = jnp if isinstance(x, jax.Array) else np
+    np_ = namespace(x)
     x = x.astype(np.int8) if x.dtype == np.bool_ else x
     pads, shape = [(0, 0), (0, 0)], list(x.shape[:2])
     for axis, size in ((2, grid.block_q), (3, grid.block_kv)):
@@ -180,7 +177,7 @@ def schedule(cover: Array, grid: Grid) -> tuple[Grid, Array, Array]:
       The grid; the blocks of keys in order, int32 [B or 1, N or 1, q blocks, kv blocks]; and how
       many of them need the predicate and how many there are, int32 [B or 1, N or 1, q blocks, 2].
     """
-    np_ = np if isinstance(cover, np.ndarray) else jnp
+    np_ = namespace(cover)
     if np_ is np:
         cover = _collapsed(cover)
         grid = dataclasses.replace(
@@ -191,7 +188,7 @@ def schedule(cover: Array, grid: Grid) -> tuple[Grid, Array, Array]:
     if cover.shape[0] > 1:
         grid = dataclasses.replace(grid, rows=1)
     rank = np_.where(cover == SOME, 0, np_.where(cover == ALL, 1, 2))
-    order = np_.argsort(rank, axis=-1, kind="stable") if np_ is np else jnp.argsort(rank, axis=-1)
+    order = np_.argsort(rank, axis=-1, stable=True)
     counts = np_.stack([(cover == SOME).sum(-1), (cover != NONE).sum(-1)], axis=-1)
     return grid, order.astype(np.int32), counts.astype(np.int32)
 

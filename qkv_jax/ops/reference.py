@@ -6,7 +6,7 @@ import numpy as np
 
 from qkv_jax.ops import scores
 from qkv_jax.ops.arguments import Arguments, Stats
-from qkv_jax.ops.dropout import keep_mask
+from qkv_jax.ops.dropout import dropped
 
 
 def reference(args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stats]:
@@ -80,10 +80,7 @@ def _logits(args: Arguments) -> tuple[jax.Array, jax.Array | bool]:
 
 
 def _dropout(weights: jax.Array, args: Arguments) -> jax.Array:
-    if args.dropout_rate == 0:
-        return weights
     batch, head, query, key = np.ogrid[tuple(map(slice, weights.shape))]
-    keep = keep_mask(
-        args.dropout_rng, args.dropout_rate, batch=batch, head=head, query=query, key=key
+    return dropped(
+        weights, args.dropout_rng, args.dropout_rate, batch=batch, head=head, query=query, key=key
     )
-    return jnp.where(keep, weights / (1 - args.dropout_rate), 0)

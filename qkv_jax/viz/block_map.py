@@ -10,6 +10,7 @@ import numpy as np
 
 from qkv_jax.ops import arguments, masks, plan
 from qkv_jax.ops.arguments import Arguments
+from qkv_jax.ops.blockwise import grid_of
 from qkv_jax.ops.masks import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
 from qkv_jax.viz import style
@@ -67,11 +68,7 @@ def block_map(
     for name, index, length in (("head", head, num_heads), ("row", row, B)):
         if not 0 <= index < length:
             raise ValueError(f"{name} must be one of 0 ... {length - 1}; got {index}")
-    block_q, block_kv = plan.block_sizes(T, S, 1, (block_q, block_kv), jax.default_backend())
-    grid = Grid(
-        B=B, T=T, S=S, N=num_heads, K=num_heads, block_q=block_q, block_kv=block_kv,
-        rows=B, heads=num_heads,
-    )  # fmt: skip
+    grid = grid_of(args, (block_q, block_kv))
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     cover = _of(cover, row, head)[0, 0]
 
