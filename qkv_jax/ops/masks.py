@@ -176,18 +176,24 @@ class Global(Mask):
 
 
 class Dilated(Mask):
-    """Every `stride`-th key, counted from the query: `(q - kv) % stride == 0`."""
+    """Every `stride`-th key, counted from the query: `(q - kv) % stride == 0`.
 
-    stride: int = operand(dtype="integer", number=True, sign="positive")
+    Args:
+      stride: an integer, or integers [N] (per head).
+    """
+
+    stride: int | Array = operand("", "N", dtype="integer", number=True, sign="positive")
 
     def mask(self, q_pos, kv_pos, head):
         return (q_pos - kv_pos) % self.stride == 0
 
     def cover(self, q_interval, kv_interval, bounds):
         low, high = differences(q_interval, kv_interval)
-        last_multiple = high // self.stride * self.stride
-        every = (low == last_multiple) & (low == high) | (self.stride == 1)
-        return three_valued(none=last_multiple < low, every=every)
+        stride, widest = limits(self.stride, bounds)
+        known = stride == widest  # an aligned array may vary within a block
+        last_multiple = high // stride * stride
+        every = (low == last_multiple) & (low == high) | (stride == 1)
+        return three_valued(none=(last_multiple < low) & known, every=every & known)
 
 
 class Segments(Mask):

@@ -103,7 +103,7 @@ NAMED = {
     "Global": st.builds(
         masks.Global, st.one_of(st.lists(small, max_size=5).map(tuple), integers(-4, 20, 7))
     ),
-    "Dilated": st.builds(masks.Dilated, size),
+    "Dilated": st.builds(masks.Dilated, st.one_of(size, integers(1, 6, N))),
     "Blocks": st.builds(masks.Blocks, st.one_of(layouts(4, 5), layouts(N, 4, 5)), size),
     "Dense": st.builds(
         masks.Dense, st.one_of(layouts(T, S), layouts(N, T, S), layouts(B, 1, T, S))

@@ -13,6 +13,7 @@ KV_POS = np.array([[0, 1, 2, 3, 4, 5, 6], [-4, -3, 0, 1, 6, 9, 12]], np.int32).r
 HEAD = np.arange(N, dtype=np.int32).reshape(1, N, 1, 1)
 LENGTHS = np.array([3, 1])
 WINDOWS = np.array([0, 2, 5])
+STRIDES = np.array([1, 3, 2])
 Q_IDS = np.array([[0, 0, 1, 1, 3], [2, 1, 2, 0, 0]])
 KV_IDS = np.array([0, 0, 1, 2, 2, 3, 3])
 LAYOUT = np.array([[1, 0, 1], [0, 1, 0]], bool)
@@ -53,6 +54,10 @@ CASES = {
     ),
     "global_nobody": (masks.Global(()), lambda b, n, t, s, q, kv: False),
     "dilated": (masks.Dilated(3), lambda b, n, t, s, q, kv: abs(q - kv) % 3 == 0),
+    "dilated_per_head": (
+        masks.Dilated(STRIDES),
+        lambda b, n, t, s, q, kv: abs(q - kv) % STRIDES[n] == 0,
+    ),
     "segments": (
         masks.Segments(Q_IDS, KV_IDS),
         lambda b, n, t, s, q, kv: Q_IDS[b, t] == KV_IDS[s],
@@ -149,7 +154,8 @@ def test_a_function_that_returns_something_else_is_an_error(f, found):
         (lambda: masks.SlidingWindow(np.ones((2, N), int)), r"left must be .* got int64\[2,3\]"),
         (lambda: masks.Chunked(0), "Chunked: size must be a positive integer, got 0"),
         (lambda: masks.Chunked(np.arange(N)), r"size must be a positive integer, got int64\[3\]"),
-        (lambda: masks.Dilated(-2), "Dilated: stride must be a positive integer, got -2"),
+        (lambda: masks.Dilated(-2), "Dilated: stride must be a positive integer .* got -2"),
+        (lambda: masks.Dilated(np.ones(N)), r"stride must be .* got float64\[3\]"),
         (lambda: masks.Prefix(-1), "Prefix: length must be a non-negative integer"),
         (lambda: masks.Lengths("3"), "Lengths: kv_lengths must be .* got '3'"),
         (lambda: masks.Lengths([1.0, 2.0]), r"kv_lengths must be .* got float64\[2\]"),
