@@ -1,6 +1,7 @@
 """Multi-head attention: the parameters around an attention op."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,7 @@ class MultiHeadAttention(nnx.Module):
         positions: jax.Array | None = None,
         context_positions: jax.Array | None = None,
         rng: jax.Array | None = None,
+        **kwargs: Any,
     ) -> jax.Array:
         """Attends from `x` to `context`, or to `x` itself.
 
@@ -122,6 +124,7 @@ class MultiHeadAttention(nnx.Module):
           context_positions: integers [S] or [B, S]; by default 0 ... S-1, in self-attention
             `positions`.
           rng: a key; without it there is no dropout.
+          **kwargs: what else a subclass's `attend` takes.
 
         Returns:
           [B, T, D].
@@ -135,11 +138,35 @@ class MultiHeadAttention(nnx.Module):
         if self.rotary_base is not None:
             q = ops.positions.rotary(q, _or_range(positions, q), base=self.rotary_base)
             k = ops.positions.rotary(k, _or_range(context_positions, k), base=self.rotary_base)
-        out = self.op(
-            q, k, v, mask=mask, score=score, q_positions=positions, kv_positions=context_positions,
-            dropout_rate=0.0 if rng is None else self.dropout_rate, dropout_rng=rng,
+        out = self.attend(
+            x, q, k, v, mask=mask, score=score,
+            q_positions=positions, kv_positions=context_positions,
+            dropout_rate=0.0 if rng is None else self.dropout_rate, dropout_rng=rng, **kwargs,
         )  # fmt: skip
         return self.out(out.reshape(B, T, -1))
+
+    def attend(
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any
+    ) -> jax.Array:
+        """The op on projected queries, keys and values: what a mechanism of its own overrides.
+
+        Args:
+          x: [B, T, D], what the queries were made from.
+          q, k, v: [B, T, N, H] and [B, S, K, H], after norm and rotation.
+          **kwargs: mask, score, q_positions, kv_positions, dropout_rate and dropout_rng.
+
+        Returns:
+          [B, T, N, H].
+        """
+        return self.op(q, k, v, **kwargs)
+
+    def state_size(self, length: int) -> int:
+        """How many numbers decoding one more token needs, after `length` of them: keys and values.
+
+        An op that forgets keys says so by its `cache_length(length)`.
+        """
+        keys = getattr(self.op, "cache_length", lambda length: length)(length)
+        return keys * self.num_kv_heads * self.head_dim * (1 if self.value is None else 2)
 
     def project(
         self, x: jax.Array, context: jax.Array | None = None

@@ -37,7 +37,7 @@ from qkv_jax.ops.operands import as_jax, described, is_array, operand
 __all__ = [
     "ALL", "NONE", "SOME", "And", "Blocks", "Bounds", "Causal", "Chunked", "Dense", "Dilated",
     "Global", "Interval", "Lengths", "Mask", "Not", "Or", "Prefix", "Segments", "SlidingWindow",
-    "from_function",
+    "from_function", "order_of",
 ]  # fmt: skip
 
 
@@ -348,3 +348,35 @@ def from_function(
     if exact and cover is not None:
         raise ValueError("masks.from_function: exact=True finds the cover, so give no cover")
     return FromFunction(f, operands, cover, exact)
+
+
+def order_of(mask: Mask | None, who: str) -> tuple[bool, int | Array | None]:
+    """What a recurrence or a convolution can honour of a mask: the order, and the rows' lengths.
+
+    Args:
+      mask: None, `Causal()`, `Lengths(...)`, or these joined by `&`.
+      who: who asks, for the message.
+
+    Returns:
+      Whether a token sees only itself and earlier ones; and the lengths of the rows, an integer or
+      integers [B], or None.
+
+    Raises:
+      NotImplementedError: for any other mask.
+    """
+    if mask is None:
+        return False, None
+    if isinstance(mask, Causal):
+        return True, None
+    if isinstance(mask, Lengths):
+        lengths = mask.kv_lengths  # [B, 1, 1, 1] once aligned
+        return False, lengths.reshape(-1) if is_array(lengths) else lengths
+    if isinstance(mask, And):
+        (left, some), (right, others) = order_of(mask.left, who), order_of(mask.right, who)
+        if some is None or others is None:
+            return left or right, others if some is None else some
+        return left or right, namespace(some, others).minimum(some, others)
+    raise NotImplementedError(
+        f"mask: {who} takes tokens in order and honours Causal() and Lengths(...), joined by &; "
+        f"got {mask!r}"
+    )

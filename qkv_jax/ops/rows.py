@@ -1,0 +1,117 @@
+"""Attention whose weights need whole rows of logits, a block of query rows at a time.
+
+A softmax may be computed from pieces of a row; the normalisers that sort a row, mix it with other
+heads' rows or add along it may not. Here a block of rows is computed at once and forgotten: time is
+T x S as for any exact attention, memory S times the rows of a block, in both passes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkv_jax.ops import scores
+from qkv_jax.ops.arguments import Arguments
+from qkv_jax.ops.dropout import dropped
+
+Array = jax.Array | np.ndarray
+Weigh = Callable[[Arguments, jax.Array, jax.Array], jax.Array]
+Logits = Callable[[Arguments], jax.Array]
+
+LOGITS = 2**21  # of a block, by default: 8 MB in float32
+
+
+def attend_rows(
+    args: Arguments, weigh: Weigh, *, logits: Logits | None = None, block_q: int | None = None
+) -> jax.Array:
+    """`weigh(score(logits), allowed) v`, with dropout on the weights, a block of queries at a time.
+
+    Args:
+      args: checked arguments.
+      weigh: called as `weigh(rows, logits, allowed)` with the arguments cut to a block of queries,
+        the logits after scores, [B, N, t, S], and what the mask allows, bool of the same shape;
+        returns weights of that shape, 0 where not allowed. The logits are finite, masked ones too.
+      logits: called as `logits(rows)`, returns [B, N, t, S]; by default `dot_logits`.
+      block_q: queries in a block; by default as many as make 2^21 logits.
+
+    Returns:
+      [B, T, N, h], in the dtype of v.
+    """
+    B, T, N, _ = args.q.shape
+    S = args.k.shape[1]
+    if block_q is None:
+        block_q = max(1, LOGITS // max(1, B * N * S))
+    num_blocks = math.ceil(T / block_q) if T else 0
+    if num_blocks <= 1:
+        return _attend(args, weigh, logits, np.arange(T))
+    block_q = math.ceil(T / num_blocks)
+
+    def block(start: jax.Array) -> jax.Array:
+        return _attend(_cut(args, start, block_q), weigh, logits, start + np.arange(block_q))
+
+    # The last block starts early enough to be whole: some rows are computed twice.
+    starts = np.minimum(np.arange(num_blocks) * block_q, T - block_q)
+    out = jax.lax.map(jax.checkpoint(block), jnp.asarray(starts))
+    last = out[-1, :, num_blocks * block_q - T :]
+    whole = jnp.swapaxes(out[:-1], 0, 1).reshape(B, -1, *out.shape[3:])
+    return jnp.concatenate([whole, last], axis=1)
+
+
+def dot_logits(rows: Arguments) -> jax.Array:
+    """`scale * q . k`, [B, N, t, S]."""
+    B, T, N, H = rows.q.shape
+    S, K = rows.k.shape[1:3]
+    q_BKRH = jnp.swapaxes(rows.q, 1, 2).astype(rows.dtype).reshape(B, K, N // K * T, H)
+    k_BKSH = jnp.swapaxes(rows.k, 1, 2).astype(rows.dtype)
+    logits = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).reshape(B, N, T, S)
+    return logits * jnp.asarray(rows.scale, rows.dtype)
+
+
+def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Softmax over the last axis among what is allowed; a row with nothing allowed is 0.
+
+    No derivative of any order is NaN.
+    """
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
+    exps = jnp.exp(logits - jnp.where(peak > -jnp.inf, peak, 0))
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    return exps / jnp.where(total == 0, 1, total)
+
+
+def _attend(rows: Arguments, weigh: Weigh, logits: Logits | None, query: Array) -> jax.Array:
+    B, T, N, _ = rows.q.shape
+    S, K, h = rows.v.shape[1:]
+    where = jnp.asarray(rows.q_pos), jnp.asarray(rows.kv_pos), jnp.asarray(rows.head)
+    logits_BNTS = scores.apply(rows.score, (logits or dot_logits)(rows), *where)
+    allowed = True if rows.mask is None else rows.mask.mask(*where)
+    weights = weigh(rows, logits_BNTS, jnp.broadcast_to(allowed, logits_BNTS.shape))
+    weights = dropped(
+        weights, rows.dropout_rng, rows.dropout_rate,
+        batch=np.arange(B)[:, None, None, None], head=rows.head, query=query[:, None],
+        key=np.arange(S),
+    )  # fmt: skip
+    v_BKSh = jnp.swapaxes(rows.v, 1, 2).astype(rows.dtype)
+    out = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
+    return jnp.swapaxes(out.reshape(B, N, T, h), 1, 2).astype(rows.v.dtype)
+
+
+def _cut(args: Arguments, start: jax.Array, size: int) -> Arguments:
+    """The arguments of `size` queries from `start` on; operands are aligned, [., ., T or 1, .]."""
+
+    def cut(x: Array, axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis)
+
+    def cut_operand(x: Array) -> Array:
+        return cut(x, 2) if np.ndim(x) == 4 and x.shape[2] > 1 else x
+
+    return dataclasses.replace(
+        args,
+        q=cut(args.q, 1),
+        q_pos=cut(args.q_pos, 2),
+        mask=jax.tree.map(cut_operand, args.mask),
+        score=jax.tree.map(cut_operand, args.score),
+    )
