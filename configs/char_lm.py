@@ -34,7 +34,18 @@ def get_config() -> ConfigDict:
     model.num_heads = 4  # N
     model.num_kv_heads = placeholder(int)  # K; None: as many as heads (1: multi-query)
     model.head_dim = placeholder(int)  # H; None: width / num_heads
-    model.mixer = "attention"  # what mixes tokens: a name in models.decoder.MIXERS
+    model.mixer = "attention"  # names in models.MIXERS: "gated_delta,attention" alternates
+    # What some mixers read; setting one that no layer of model.mixer reads is an error:
+    model.window = 64  # tokens that local attention looks back; contextual positions (cope)
+    model.block_size = 16  # tokens in a block (bigbird, moba, nsa), a stride (strided, fixed)
+    model.num_blocks = 4  # blocks that a query selects (moba, nsa)
+    model.num_global = 1  # tokens (longformer) or blocks (bigbird) that see all and all see
+    model.num_random = 1  # blocks that a block of queries draws (bigbird)
+    model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)
+    model.num_features = 128  # random features of a head (performer)
+    model.rank = 32  # rows (linformer), landmarks (nystrom), width of the latent (latent)
+    model.conv_width = 4  # tokens that a short convolution sees
+    model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
     model.mlp_width = placeholder(int)  # F; None: 4 * width
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu_squared
     model.norm = "rms"  # layer | rms

@@ -1,0 +1,113 @@
+"""The residual stream of a Transformer: embeddings in, blocks, what they share."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+
+from qkv_jax import nn
+from qkv_jax.models.config import TransformerConfig
+from qkv_jax.models.mixers import MIXERS
+from qkv_jax.ops.masks import Mask
+
+KERNEL_INIT = nnx.initializers.normal(0.02)
+
+
+def out_init(config: TransformerConfig) -> Initializer:
+    """How what a block adds begins: scaled by 1 / sqrt(2 L) as in GPT-2, or zero."""
+    if config.zero_init_outputs:
+        return nnx.initializers.zeros
+    return nnx.initializers.normal(0.02 / math.sqrt(2 * config.num_layers))
+
+
+def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:
+    """Makes the norms that the config asks for."""
+    return functools.partial(
+        nn.make_norm, config.norm, config.width, use_bias=config.use_bias, dtype=config.dtype,
+        rngs=rngs,
+    )  # fmt: skip
+
+
+def make_positions(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The embedding of positions; rotary ones are the mixers'."""
+    if config.position == "learned":
+        return nn.LearnedPositions(config.context, config.width, rngs=rngs)
+    if config.position == "sinusoidal":
+        return nn.SinusoidalPositions(config.width)
+    return None
+
+
+def add_positions(
+    config: TransformerConfig,
+    embedding: nnx.Module | None,
+    x: jax.Array,
+    positions: jax.Array | None,
+) -> jax.Array:
+    """Token embeddings [B, T, D] with those of their positions, by default 0 ... T-1."""
+    if embedding is None:
+        return x
+    if positions is None:
+        positions = jnp.arange(x.shape[1])
+    if config.position == "sinusoidal":
+        x = x * math.sqrt(config.width)  # as Vaswani et al. do: sines are of size 1
+    return x + embedding(positions).astype(x.dtype)
+
+
+def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForward:
+    """The network of one block that mixes no tokens."""
+    return nn.FeedForward(
+        config.width, config.hidden, activation=config.activation, use_bias=config.use_bias,
+        kernel_init=KERNEL_INIT, out_init=out_init(config), dtype=config.dtype, rngs=rngs,
+    )  # fmt: skip
+
+
+def make_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List:
+    """One block for each layer, with the mixer that `config.mixer` names."""
+    return nnx.List(
+        nn.TransformerBlock(
+            MIXERS[name].make(
+                config, layer, kernel_init=KERNEL_INIT, out_init=out_init(config),
+                dtype=config.dtype, rngs=rngs,
+            ),
+            make_feed_forward(config, rngs),
+            norm=make_norm(config, rngs),
+            norm_position=config.norm_position,
+            dropout_rate=config.dropout_rate,
+        )
+        for layer, name in enumerate(config.mixers)
+    )  # fmt: skip
+
+
+def dropout_rngs(config: TransformerConfig, rng: jax.Array | None, number: int) -> list:
+    """Keys for so many dropouts, or so many times None."""
+    if rng is None or config.dropout_rate == 0:
+        return [None] * number
+    return list(jax.random.split(rng, number))
+
+
+def apply_blocks(
+    config: TransformerConfig,
+    blocks: Sequence[nn.TransformerBlock],
+    x: jax.Array,
+    *,
+    mask: Mask | None,
+    positions: jax.Array | None,
+    rngs: Sequence[jax.Array | None],
+) -> jax.Array:
+    """The residual stream [B, T, D] after all blocks."""
+    first_values = None  # those of the first layer that hands its values down
+    for block, rng in zip(blocks, rngs, strict=True):
+        kwargs = {}
+        if hasattr(block.mixer, "values"):
+            kwargs["first_values"] = first_values
+            if first_values is None:  # the block computes them too, and the compiler shares them
+                first_values = block.mixer.values(block.mixer_norm(x))
+        apply = functools.partial(block, mask=mask, positions=positions, **kwargs)
+        if config.remat:
+            apply = jax.checkpoint(apply)
+        x = apply(x, rng=rng)
+    return x

@@ -1,0 +1,133 @@
+"""What the configs of all Transformers here have in common: the fields and the checks."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+from qkv_jax import nn
+
+POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that determines a stack of blocks. `configs/char_lm.py` explains the fields.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+
+    vocab_size: int  # V
+    context: int  # the longest sequence that a learned position table holds
+    num_layers: int = 4
+    width: int = 128  # D
+    num_heads: int = 4  # N
+    num_kv_heads: int | None = None  # K
+    head_dim: int | None = None  # H
+    mixer: str = "attention"  # names of `mixers.MIXERS`, separated by commas, repeated over layers
+    window: int = 64
+    block_size: int = 16
+    num_blocks: int = 4
+    num_global: int = 1
+    num_random: int = 1
+    top_k: int = 32
+    num_features: int = 128
+    rank: int = 32
+    conv_width: int = 4
+    chunk_size: int = 64
+    mlp_width: int | None = None  # F
+    activation: str = "gelu"
+    norm: str = "layer"
+    norm_position: str = "pre"
+    position: str = "learned"
+    rotary_base: float = 10_000.0
+    qk_norm: bool = False
+    use_bias: bool = True
+    share_kv: bool = False
+    share_qk: bool = False
+    tie_embeddings: bool = True
+    zero_init_outputs: bool = False
+    logit_softcap: float = 0.0
+    dropout_rate: float = 0.0
+    dtype: str = "float32"  # of the computation; parameters are float32
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",
+                     "head_dim", "mlp_width", "window", "block_size", "num_blocks", "num_global",
+                     "num_random", "top_k", "num_features", "rank", "conv_width",
+                     "chunk_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name}: wanted a positive integer, got {value}")
+        one_of("activation", self.activation, nn.ACTIVATIONS)
+        one_of("norm", self.norm, nn.NORMS)
+        one_of("norm_position", self.norm_position, ("pre", "post"))
+        one_of("position", self.position, POSITIONS)
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if len(self.pattern) > self.num_layers:
+            raise ValueError(
+                f"model.mixer: wanted at most model.num_layers = {self.num_layers} names, got "
+                f"{len(self.pattern)}: {self.mixer!r}"
+            )
+        if self.head_dim is None and self.width % self.num_heads:
+            raise ValueError(
+                f"model.num_heads: wanted a divisor of model.width = {self.width} (or a "
+                f"model.head_dim), got {self.num_heads}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads: wanted a divisor of model.num_heads = {self.num_heads}, "
+                f"got {self.num_kv_heads}"
+            )
+        if self.share_qk and self.kv_heads != self.num_heads:
+            raise ValueError(
+                "model.share_qk: wanted model.num_kv_heads = model.num_heads = "
+                f"{self.num_heads}, got {self.num_kv_heads}"
+            )
+        if self.position == "rotary" and self.attention_dim % 2:
+            raise ValueError(
+                "model.position: rotary needs an even model.head_dim, "
+                f"got model.head_dim = {self.attention_dim}"
+            )
+        if self.position == "sinusoidal" and self.width % 2:
+            raise ValueError(
+                f"model.width: sinusoidal positions need an even one, got {self.width}"
+            )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"model.dropout_rate: wanted [0, 1), got {self.dropout_rate}")
+        if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
+            raise ValueError(f"model.logit_softcap: wanted >= 0, got {self.logit_softcap}")
+        if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):
+            raise ValueError(f"model.rotary_base: wanted > 1, got {self.rotary_base}")
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The names in `mixer`."""
+        return tuple(name.strip() for name in self.mixer.split(","))
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The name of each layer's mixer."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def attention_dim(self) -> int:
+        """H."""
+        return self.width // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """F."""
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+
+def one_of(name: str, value: str, known: Collection[str]) -> None:
+    """Raises a ValueError that names the field, unless `value` is known."""
+    if value not in known:
+        raise ValueError(f"model.{name}: wanted one of {sorted(known)}, got {value!r}")

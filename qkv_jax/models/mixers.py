@@ -1,0 +1,156 @@
+"""What may mix tokens, by the names that `config.model.mixer` uses.
+
+A row of the table says which module a name stands for and which of the config's fields it reads.
+A new mechanism is one row: for attention with another op, `_attention(op=Op(...))`; for a module
+of its own, `_attention(nn.X, ...)` where it extends `nn.MultiHeadAttention`, else `_module(nn.X)`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qkv_jax import nn
+from qkv_jax.models.config import TransformerConfig, one_of
+
+HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
+# The fields that only some mixers read. Positions and norms of q and k are not among them: a model
+# may mix layers that want them with layers that know order by themselves.
+SETTINGS = (
+    *HEADS, "window", "block_size", "num_blocks", "num_global", "num_random", "top_k",
+    "num_features", "rank", "conv_width", "chunk_size",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """A row of the table.
+
+    Args:
+      make: makes the module, called as `make(config, layer, **shared)` with the layer's number,
+        from 0, and kernel_init, out_init, dtype and rngs.
+      reads: which of `SETTINGS`.
+      causal: whether a decoder may use it.
+      bidirectional: whether an encoder may.
+    """
+
+    make: Callable[..., nnx.Module]
+    reads: tuple[str, ...] = ()
+    causal: bool = True
+    bidirectional: bool = True
+
+
+class Op:
+    """An op with settings, such as `Op(ops.sparse.Local, window="window")`: as for `_attention`."""
+
+    def __init__(self, op: Callable[..., Any], **fields: Any):
+        self.op = op
+        self.fields = fields
+
+
+def _attention(
+    module: type[nnx.Module] = nn.MultiHeadAttention,
+    *,
+    op: Op | Callable[..., jax.Array] | None = None,
+    reads: Sequence[str] = HEADS,
+    causal: bool = True,
+    bidirectional: bool = True,
+    **fields: Any,
+) -> Mixer:
+    """A row for `nn.MultiHeadAttention` or what extends it, as the config's fields say.
+
+    `fields` give the module's own arguments: each the name of a field of the config, a function of
+    the config and the layer's number, or the value itself.
+    """
+
+    def make(config: TransformerConfig, layer: int, **shared: Any) -> nnx.Module:
+        own = _values(fields, config, layer)
+        if isinstance(op, Op):
+            own["op"] = op.op(**_values(op.fields, config, layer))
+        elif op is not None:
+            own["op"] = op
+        return module(
+            config.width,
+            config.num_heads,
+            **{name: getattr(config, name) for name in reads},
+            use_bias=config.use_bias,
+            qk_norm=config.qk_norm,
+            rotary_base=config.rotary_base if config.position == "rotary" else None,
+            dropout_rate=config.dropout_rate,
+            **own,
+            **shared,
+        )
+
+    settings = _fields(fields) + (_fields(op.fields) if isinstance(op, Op) else ())
+    return Mixer(make, (*reads, *settings), causal, bidirectional)
+
+
+def _module(
+    module: Callable[..., nnx.Module],
+    *,
+    heads: bool = True,
+    causal: bool = True,
+    bidirectional: bool = True,
+    **fields: Any,
+) -> Mixer:
+    """A row for any other module, called with width (and heads), `fields` and what all share."""
+
+    def make(config: TransformerConfig, layer: int, **shared: Any) -> nnx.Module:
+        sizes = (config.width, config.num_heads) if heads else (config.width,)
+        return module(*sizes, **_values(fields, config, layer), **shared)
+
+    return Mixer(make, _fields(fields), causal, bidirectional)
+
+
+def _values(fields: dict[str, Any], config: TransformerConfig, layer: int) -> dict[str, Any]:
+    def value(field: Any) -> Any:
+        if callable(field):
+            return field(config, layer)
+        return getattr(config, field) if isinstance(field, str) else field
+
+    return {name: value(field) for name, field in fields.items()}
+
+
+def _fields(fields: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(field for field in fields.values() if isinstance(field, str))
+
+
+MIXERS: dict[str, Mixer] = {
+    "attention": _attention(),
+}
+
+
+def check_mixers(config: TransformerConfig, *, causal: bool) -> None:
+    """Checks that the config's mixers exist, suit the model, and read what the config sets.
+
+    Args:
+      config: what `model.mixer` and its settings stand in.
+      causal: whether the model is a decoder; else it is an encoder.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+    for name in config.pattern:
+        one_of("mixer", name, MIXERS)
+    suits = {name: m.causal if causal else m.bidirectional for name, m in MIXERS.items()}
+    for name in config.pattern:
+        if not suits[name]:
+            known = sorted(name for name, fits in suits.items() if fits)
+            why = (
+                "sees later tokens too, so no decoder can use it"
+                if causal
+                else "sees earlier tokens only, so no encoder can use it"
+            )
+            raise ValueError(f"model.mixer: {name!r} {why}; wanted one of {known}")
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    read = {field for name in config.pattern for field in MIXERS[name].reads}
+    for name in SETTINGS:
+        value = getattr(config, name)
+        if value != defaults[name] and name not in read:
+            readers = ", ".join(sorted(n for n, m in MIXERS.items() if name in m.reads))
+            raise ValueError(
+                f"model.{name}: {value!r} was set, but no layer of model.mixer = {config.mixer!r} "
+                f"reads it; these do: {readers}"
+            )
