@@ -8,6 +8,7 @@ T x S as for any exact attention, memory S times the rows of a block, in both pa
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +45,58 @@ def attend_rows(
     S = args.k.shape[1]
     if block_q is None:
         block_q = max(1, LOGITS // max(1, B * N * S))
-    num_blocks = math.ceil(T / block_q) if T else 0
+
+    def block(start: int | jax.Array, size: int) -> jax.Array:
+        return _attend(cut(args, start, size), weigh, logits, start + np.arange(size))
+
+    return by_rows(block, T, block_q)
+
+
+def by_rows(f: Callable[..., Any], T: int, block_q: int) -> Any:
+    """`f(start, size)` of each block of rows, joined along axis 1.
+
+    Args:
+      f: gives the rows `start` ... `start + size - 1`: a pytree of arrays [B, size, ...].
+      T: how many rows there are.
+      block_q: the most that a block may have; they are computed one after another.
+
+    Returns:
+      A pytree of arrays [B, T, ...].
+    """
+    num_blocks = math.ceil(T / block_q)
     if num_blocks <= 1:
-        return _attend(args, weigh, logits, np.arange(T))
-    block_q = math.ceil(T / num_blocks)
-
-    def block(start: jax.Array) -> jax.Array:
-        return _attend(_cut(args, start, block_q), weigh, logits, start + np.arange(block_q))
-
+        return f(0, T)
+    size = math.ceil(T / num_blocks)
     # The last block starts early enough to be whole: some rows are computed twice.
-    starts = np.minimum(np.arange(num_blocks) * block_q, T - block_q)
-    out = jax.lax.map(jax.checkpoint(block), jnp.asarray(starts))
-    last = out[-1, :, num_blocks * block_q - T :]
-    whole = jnp.swapaxes(out[:-1], 0, 1).reshape(B, -1, *out.shape[3:])
-    return jnp.concatenate([whole, last], axis=1)
+    starts = np.minimum(np.arange(num_blocks) * size, T - size)
+    blocks = jax.lax.map(jax.checkpoint(lambda start: f(start, size)), jnp.asarray(starts))
+
+    def joined(x: jax.Array) -> jax.Array:
+        last = x[-1, :, num_blocks * size - T :]
+        whole = jnp.swapaxes(x[:-1], 0, 1).reshape(
+            x.shape[1], (num_blocks - 1) * size, *x.shape[3:]
+        )
+        return jnp.concatenate([whole, last], axis=1)
+
+    return jax.tree.map(joined, blocks)
+
+
+def cut(args: Arguments, start: int | jax.Array, size: int) -> Arguments:
+    """The arguments of `size` queries from `start` on; operands are aligned, [., ., T or 1, .]."""
+
+    def rows(x: Array, axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis)
+
+    def cut_operand(x: Array) -> Array:
+        return rows(x, 2) if np.ndim(x) == 4 and x.shape[2] > 1 else x
+
+    return dataclasses.replace(
+        args,
+        q=rows(args.q, 1),
+        q_pos=rows(args.q_pos, 2),
+        mask=jax.tree.map(cut_operand, args.mask),
+        score=jax.tree.map(cut_operand, args.score),
+    )
 
 
 def dot_logits(rows: Arguments) -> jax.Array:
@@ -97,21 +136,3 @@ def _attend(rows: Arguments, weigh: Weigh, logits: Logits | None, query: Array) 
     v_BKSh = jnp.swapaxes(rows.v, 1, 2).astype(rows.dtype)
     out = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
     return jnp.swapaxes(out.reshape(B, N, T, h), 1, 2).astype(rows.v.dtype)
-
-
-def _cut(args: Arguments, start: jax.Array, size: int) -> Arguments:
-    """The arguments of `size` queries from `start` on; operands are aligned, [., ., T or 1, .]."""
-
-    def cut(x: Array, axis: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis)
-
-    def cut_operand(x: Array) -> Array:
-        return cut(x, 2) if np.ndim(x) == 4 and x.shape[2] > 1 else x
-
-    return dataclasses.replace(
-        args,
-        q=cut(args.q, 1),
-        q_pos=cut(args.q_pos, 2),
-        mask=jax.tree.map(cut_operand, args.mask),
-        score=jax.tree.map(cut_operand, args.score),
-    )
