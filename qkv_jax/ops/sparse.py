@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkv_jax.ops.attention import attention
+from qkv_jax.ops.attention import attention, attention_weights
 from qkv_jax.ops.mask_algebra import NONE, Mask, three_valued
-from qkv_jax.ops.masks import Blocks, Dilated, Global, SlidingWindow
+from qkv_jax.ops.masks import And, Blocks, Causal, Dilated, Global, SlidingWindow
 from qkv_jax.ops.operands import operand
 
 Array = jax.Array | np.ndarray
@@ -188,36 +188,34 @@ class SparseOp:
     A subclass is a frozen dataclass of numbers, so that modules that hold it compare equal.
     """
 
-    def mask(self, length: int | None, num_heads: int) -> Mask:
+    def mask(self, length: int | None, num_heads: int, causal: bool = False) -> Mask:
         """The op's mask.
 
         Args:
           length: how many positions there are; None where the positions are traced.
           num_heads: N.
+          causal: whether it will be joined with `Causal()`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it allows")
 
     def __post_init__(self) -> None:
         self.mask(1, 1)  # settings that make no mask fail here
 
-    def __call__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        *,
-        mask: Mask | None = None,
-        q_positions: Array | None = None,
-        kv_positions: Array | None = None,
-        **kwargs: Any,
-    ) -> jax.Array:
+    def __call__(self, q: Array, k: Array, v: Array, **kwargs: Any) -> jax.Array:
         """`ops.attention` with the arguments given and both masks."""
-        length = _num_positions((q, q_positions), (k, kv_positions))
-        own = self.mask(length, q.shape[2])
-        return attention(
-            q, k, v, mask=own if mask is None else mask & own,
-            q_positions=q_positions, kv_positions=kv_positions, **kwargs,
-        )  # fmt: skip
+        return attention(q, k, v, **self._joined(q, k, **kwargs))
+
+    def weights(self, q: Array, k: Array, **kwargs: Any) -> jax.Array:
+        """`ops.attention_weights` with the arguments given and both masks."""
+        return attention_weights(q, k, **self._joined(q, k, **kwargs))
+
+    def _joined(
+        self, q: Array, k: Array, mask: Mask | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        positions = kwargs.get("q_positions"), kwargs.get("kv_positions")
+        length = _num_positions(*zip((q, k), positions, strict=True))
+        own = self.mask(length, q.shape[2], _is_causal(mask))
+        return kwargs | {"mask": own if mask is None else mask & own}
 
     def cache_length(self, length: int) -> int:
         """How many of `length` past keys some later query of a causal model may still see."""
@@ -233,7 +231,7 @@ class Local(SparseOp):
 
     window: int
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         _check("window", self.window, least=0)
         return SlidingWindow(self.window, self.window)
 
@@ -246,7 +244,7 @@ class ChunkedLocal(SparseOp):
     lookback: int = 1
     lookahead: int = 0
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         return chunked_local(self.size, self.lookback, self.lookahead)
 
 
@@ -258,14 +256,14 @@ class Longformer(SparseOp):
     num_global: int = 1
     dilation: int | tuple[int, ...] = 1
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         _check("num_global", self.num_global, least=0)
         return longformer(self.window, tuple(range(self.num_global)), dilation=self.dilation)
 
 
 @dataclasses.dataclass(frozen=True)
 class BigBird(SparseOp):
-    """Attention under `bigbird`.
+    """Attention under `bigbird`; under a mask with `& Causal()` it draws from the past.
 
     Args:
       per_head: whether each head draws blocks of its own.
@@ -279,11 +277,10 @@ class BigBird(SparseOp):
     num_global_blocks: int = 1
     num_random_blocks: int = 3
     seed: int = 0
-    causal: bool = False
     per_head: bool = False
     length: int | None = None
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         if length is None and self.length is None:
             raise ValueError("length: wanted BigBird(length=...), for the positions are traced")
         if None not in (length, self.length) and length > self.length:
@@ -291,7 +288,7 @@ class BigBird(SparseOp):
         return bigbird(
             length if self.length is None else self.length, block_size=self.block_size,
             window_blocks=self.window_blocks, num_global_blocks=self.num_global_blocks,
-            num_random_blocks=self.num_random_blocks, seed=self.seed, causal=self.causal,
+            num_random_blocks=self.num_random_blocks, seed=self.seed, causal=causal,
             num_heads=num_heads if self.per_head else None,
         )  # fmt: skip
 
@@ -305,7 +302,7 @@ class Strided(SparseOp):
 
     stride: int
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         return strided(self.stride)
 
 
@@ -316,8 +313,14 @@ class Fixed(SparseOp):
     stride: int
     summary: int = 1
 
-    def mask(self, length, num_heads):
+    def mask(self, length, num_heads, causal=False):
         return fixed(self.stride, self.summary)
+
+
+def _is_causal(mask: Mask | None) -> bool:
+    if isinstance(mask, And):
+        return _is_causal(mask.left) or _is_causal(mask.right)
+    return isinstance(mask, Causal)
 
 
 def _num_positions(*axes: tuple[Array, Array | None]) -> int | None:

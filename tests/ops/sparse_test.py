@@ -28,55 +28,62 @@ def in_bigbird(i, j, layout):
     return near or certain or layout[i // 2, j // 2]
 
 
-BIGBIRD = sparse.bigbird(T, block_size=2, num_random_blocks=1)
-BIGBIRD_HEADS = sparse.bigbird(T, block_size=2, num_random_blocks=1, num_heads=N, causal=True)
+BIGBIRD, BIGBIRD_HEADS = (
+    [
+        sparse.bigbird(T, block_size=2, num_random_blocks=1, num_heads=heads, causal=causal)
+        for causal in (False, True)
+    ]
+    for heads in (None, N)
+)
 
 # name: (mask, op, its paper's definition for head n, query i, key j)
 CASES = {
     "local": (
         masks.SlidingWindow(2, 2),
         sparse.Local(2),
-        lambda n, i, j: i - 2 <= j <= i + 2,
+        lambda n, i, j, causal: i - 2 <= j <= i + 2,
     ),
     "longformer": (
         sparse.longformer(2, (0, 1)),
         sparse.Longformer(2, num_global=2),
-        lambda n, i, j: abs(i - j) <= 2 or i < 2 or j < 2,
+        lambda n, i, j, causal: abs(i - j) <= 2 or i < 2 or j < 2,
     ),
     "longformer_dilated": (
         sparse.longformer(2, 0, dilation=DILATION),
         sparse.Longformer(2, dilation=DILATION),
-        lambda n, i, j: i - j in [d * DILATION[n] for d in (-2, -1, 0, 1, 2)] or 0 in (i, j),
+        lambda n, i, j, causal: (
+            i - j in [d * DILATION[n] for d in (-2, -1, 0, 1, 2)] or 0 in (i, j)
+        ),
     ),
     "bigbird": (
-        BIGBIRD,
+        BIGBIRD[False],
         sparse.BigBird(2, num_random_blocks=1),
-        lambda n, i, j: in_bigbird(i, j, BIGBIRD.layout),
+        lambda n, i, j, causal: in_bigbird(i, j, BIGBIRD[causal].layout),
     ),
     "bigbird_per_head": (
-        BIGBIRD_HEADS,
-        sparse.BigBird(2, num_random_blocks=1, per_head=True, causal=True),
-        lambda n, i, j: in_bigbird(i, j, BIGBIRD_HEADS.layout[n]),
+        BIGBIRD_HEADS[False],
+        sparse.BigBird(2, num_random_blocks=1, per_head=True),
+        lambda n, i, j, causal: in_bigbird(i, j, BIGBIRD_HEADS[causal].layout[n]),
     ),
     "strided": (  # A1 and A2 of the paper are for j <= i; here both sides of i
         sparse.strided(3),
         sparse.Strided(3),
-        lambda n, i, j: abs(i - j) <= 3 or (i - j) % 3 == 0,
+        lambda n, i, j, causal: abs(i - j) <= 3 or (i - j) % 3 == 0,
     ),
     "fixed": (
         sparse.fixed(5, summary=2),
         sparse.Fixed(5, summary=2),
-        lambda n, i, j: i // 5 == j // 5 or j % 5 in (3, 4),
+        lambda n, i, j, causal: i // 5 == j // 5 or j % 5 in (3, 4),
     ),
     "chunked_local": (
         sparse.chunked_local(3),
         sparse.ChunkedLocal(3),
-        lambda n, i, j: j // 3 in (i // 3, i // 3 - 1),
+        lambda n, i, j, causal: j // 3 in (i // 3, i // 3 - 1),
     ),
     "chunked_local_both_ways": (
         sparse.chunked_local(2, lookback=2, lookahead=1),
         sparse.ChunkedLocal(2, lookback=2, lookahead=1),
-        lambda n, i, j: i // 2 - 2 <= j // 2 <= i // 2 + 1,
+        lambda n, i, j, causal: i // 2 - 2 <= j // 2 <= i // 2 + 1,
     ),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -88,7 +95,7 @@ def dense(name, causal=True):
     definition = CASES[name][2]
     allowed = np.zeros((N, T, T), bool)
     for n, i, j in np.ndindex(N, T, T):
-        allowed[n, i, j] = definition(n, i, j) and (j <= i or not causal)
+        allowed[n, i, j] = definition(n, i, j, causal) and (j <= i or not causal)
     return allowed
 
 
@@ -219,12 +226,25 @@ def test_a_causal_draw_for_a_shorter_length_is_part_of_that_for_a_longer():
     np.testing.assert_array_equal(short, long[:21, :21])
 
 
+def test_the_op_draws_from_the_past_wherever_its_mask_is_joined_with_causal():
+    def attend(mask):
+        return compiled(
+            lambda *x: sparse.BigBird(2, num_random_blocks=1)(*x, mask=mask), Q, KEYS, V
+        )
+
+    lengths = masks.Lengths(np.full(B, T))
+    causal = numpy_attention(dense("bigbird"))
+    for mask in (masks.Causal() & lengths, lengths & (masks.Prefix(T) & masks.Causal())):
+        assert_close(attend(mask), causal)
+    assert_close(attend(lengths), numpy_attention(dense("bigbird", causal=False)))
+
+
 def test_bigbird_under_traced_positions_must_be_told_its_length():
     @functools.partial(jax.jit, static_argnames="op")
     def attend(op, positions):
         return op(Q, KEYS, V, mask=masks.Causal(), q_positions=positions, kv_positions=positions)
 
-    op = sparse.BigBird(2, num_random_blocks=1, causal=True, per_head=True)
+    op = sparse.BigBird(2, num_random_blocks=1, per_head=True)
     with pytest.raises(ValueError, match=r"length: wanted BigBird\(length=...\)"):
         attend(op, np.arange(T))
     with pytest.raises(ValueError, match="length: wanted at least 13 for this call, got 12"):
@@ -330,6 +350,8 @@ def test_an_op_is_a_value_that_a_module_carries(name):
     assert a == b and hash(a) == hash(b)
     x = jnp.asarray(RANDOM.randn(B, T, 12), "float32")
     q, k, v = modules[0].project(x)
+    weights = op.weights(q, k, mask=masks.Causal())
+    assert_close(weights, ops.attention_weights(q, k, mask=masks.Dense(dense(name))))
     out = ops.attention(q, k, v, mask=masks.Dense(dense(name)))
     assert_close(modules[0](x, mask=masks.Causal()), modules[0].out(out.reshape(B, T, -1)), scale=2)
 
