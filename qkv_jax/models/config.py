@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection
+from typing import ClassVar
 
 from qkv_jax import nn
 
@@ -51,6 +52,8 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False
+
+    causal: ClassVar[bool]  # whether a token sees itself and earlier ones only
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",

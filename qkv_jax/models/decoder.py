@@ -29,9 +29,11 @@ class DecoderConfig(TransformerConfig):
       ValueError: naming the field, what came and what was wanted.
     """
 
+    causal = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mixers(self, causal=True)
+        check_mixers(self)
 
 
 class Decoder(nnx.Module):

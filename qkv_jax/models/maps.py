@@ -1,6 +1,7 @@
 """The attention weights of a model's layers, for looking."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,22 +18,31 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
     op gets.
 
     Args:
-      model: a decoder whose mixers call an attention op. It comes back as it was.
+      model: a decoder or encoder whose mixers call `ops.attention`, or an op that tells its weights
+        by a method `weights`. It comes back as it was.
       tokens: integers [B, T].
 
     Returns:
       float32 [L, B, N, T, T].
+
+    Raises:
+      NotImplementedError: a layer's mixer has no attention weights.
     """
     maps: list[jax.Array] = []
 
-    def watch(op):
+    def watch(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        weights = ops.attention_weights if op is ops.attention else op.weights
+
         def watched(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
-            maps.append(ops.attention_weights(q, k, **kwargs))
+            maps.append(weights(q, k, **kwargs))
             return op(q, k, v, **kwargs)
 
         return watched
 
-    config, own = model.config, [block.mixer.op for block in model.blocks]
+    config, own = model.config, [getattr(block.mixer, "op", None) for block in model.blocks]
+    for layer, op in enumerate(own):
+        if op is not ops.attention and not hasattr(op, "weights"):
+            raise _no_weights(model, layer)
     try:
         model.config = dataclasses.replace(config, remat=False)  # what it computes cannot be kept
         for block in model.blocks:
@@ -42,4 +52,11 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
         for block, op in zip(model.blocks, own, strict=True):
             block.mixer.op = op
         model.config = config
+    if len(maps) < len(own):  # some mixer has an op and does not call it
+        raise _no_weights(model, len(maps))
     return jnp.stack(maps)
+
+
+def _no_weights(model: Decoder, layer: int) -> NotImplementedError:
+    mixer = type(model.blocks[layer].mixer).__name__
+    return NotImplementedError(f"attention_maps: layer {layer}, {mixer}, has no attention weights")

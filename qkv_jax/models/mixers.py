@@ -14,6 +14,7 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
+from qkv_jax.ops import sparse
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
@@ -119,28 +120,38 @@ def _fields(fields: dict[str, Any]) -> tuple[str, ...]:
 
 MIXERS: dict[str, Mixer] = {
     "attention": _attention(),
+    # Exact attention over part of the keys
+    "sliding_window": _attention(op=Op(sparse.Local, window="window")),
+    "chunked": _attention(op=Op(sparse.ChunkedLocal, size="window")),
+    "longformer": _attention(op=Op(sparse.Longformer, window="window", num_global="num_global")),
+    "bigbird": _attention(
+        op=Op(
+            sparse.BigBird,
+            block_size="block_size",
+            num_global_blocks="num_global",
+            num_random_blocks="num_random",
+        )
+    ),
+    "strided": _attention(op=Op(sparse.Strided, stride="block_size")),
+    "fixed": _attention(op=Op(sparse.Fixed, stride="block_size")),
 }
 
 
-def check_mixers(config: TransformerConfig, *, causal: bool) -> None:
+def check_mixers(config: TransformerConfig) -> None:
     """Checks that the config's mixers exist, suit the model, and read what the config sets.
-
-    Args:
-      config: what `model.mixer` and its settings stand in.
-      causal: whether the model is a decoder; else it is an encoder.
 
     Raises:
       ValueError: naming the field, what came and what was wanted.
     """
     for name in config.pattern:
         one_of("mixer", name, MIXERS)
-    suits = {name: m.causal if causal else m.bidirectional for name, m in MIXERS.items()}
+    suits = {name: m.causal if config.causal else m.bidirectional for name, m in MIXERS.items()}
     for name in config.pattern:
         if not suits[name]:
             known = sorted(name for name, fits in suits.items() if fits)
             why = (
                 "sees later tokens too, so no decoder can use it"
-                if causal
+                if config.causal
                 else "sees earlier tokens only, so no encoder can use it"
             )
             raise ValueError(f"model.mixer: {name!r} {why}; wanted one of {known}")

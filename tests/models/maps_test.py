@@ -53,3 +53,14 @@ def test_the_model_comes_back_as_it_was_after_an_error():
         attention_maps(model, TOKENS[0])
     assert all(block.mixer.op is ops.attention for block in model.blocks)
     assert model.config == CONFIG
+
+
+def test_a_sparse_op_tells_the_weights_under_its_own_mask():
+    maps = np.asarray(attention_maps(decoder(mixer="sliding_window", window=2), TOKENS))
+    distance = np.arange(T)[:, None] - np.arange(T)
+    assert ((maps > 0) == ((distance >= 0) & (distance <= 2))).all()
+
+
+def test_a_mixer_without_attention_weights_is_named():
+    with pytest.raises(NotImplementedError, match="layer 1, LSTM, has no attention weights"):
+        attention_maps(decoder(mixer="attention,lstm", num_kv_heads=None), TOKENS)

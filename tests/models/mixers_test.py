@@ -1,0 +1,193 @@
+"""Every mixer by its name: one harness for causality, padding, order, state, dtype and training."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qkv_jax import nn, ops, training
+from qkv_jax.models import MIXERS, Decoder, DecoderConfig, state_size
+from qkv_jax.models.config import TransformerConfig
+from tests.parameters import randomised
+from tests.tolerances import assert_close
+
+B, T, V = 2, 23, 11
+# Sizes at which every mechanism has several blocks, chunks and selections.
+SIZES = {
+    "window": 5, "block_size": 4, "num_blocks": 2, "num_global": 1, "num_random": 1, "top_k": 3,
+    "num_features": 16, "rank": 8, "conv_width": 3, "chunk_size": 4,
+}  # fmt: skip
+CAUSAL = [name for name, mixer in MIXERS.items() if mixer.causal]
+BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if mixer.bidirectional]
+
+
+def config_for(name, **changes):
+    sizes = {field: size for field, size in SIZES.items() if field in MIXERS[name].reads}
+    return DecoderConfig(
+        vocab_size=V, context=T, num_layers=1, width=16, num_heads=2, mixer=name, norm="rms",
+        position="none", use_bias=False, **(sizes | changes),
+    )  # fmt: skip
+
+
+@functools.cache
+def mixer_for(name):
+    """The module of one layer, every parameter random, and `apply(params, x, mask)`, jitted."""
+    sizes = {field: size for field, size in SIZES.items() if field in MIXERS[name].reads}
+    config = TransformerConfig(vocab_size=V, context=T, width=16, num_heads=2, **sizes)
+    config = dataclasses.replace(config, position="none", use_bias=False)
+    init = nnx.initializers.normal(0.3)
+    module = MIXERS[name].make(
+        config, 0, kernel_init=init, out_init=init, dtype=None, rngs=nnx.Rngs(0)
+    )
+    module = randomised(module, scale=0.3)
+    graphdef, params = nn.split(module)
+    apply = jax.jit(lambda params, x, mask: nn.merge(graphdef, params)(x, mask=mask))
+    return module, functools.partial(apply, params)
+
+
+def tokens(length=T, seed=0):
+    return jnp.asarray(np.random.RandomState(seed).randn(B, length, 16), jnp.float32)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_output_depends_on_a_later_token_and_each_on_its_own(name):
+    _, apply = mixer_for(name)
+    x = tokens()
+    for t in (0, 9, T - 2):  # the gradient of one place's output in every place's input
+        grad = jax.grad(lambda x, t=t: (apply(x, ops.masks.Causal())[:, t] ** 2).sum())(x)
+        by_place = np.abs(grad).sum((0, 2))
+        assert (by_place[t + 1 :] == 0).all() and by_place[t] > 0, t
+        assert np.isfinite(by_place).all()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_padding_changes_no_causal_output(name):
+    _, apply = mixer_for(name)
+    x = tokens()
+    lengths = jnp.array([17, 11])
+    real = np.arange(T) < np.asarray(lengths)[:, None]
+    noise = jnp.where(real[..., None], x, 7 * tokens(seed=1))
+    mask = ops.masks.Causal() & ops.masks.Lengths(lengths)
+    padded, other = apply(x, mask), apply(noise, mask)
+    assert np.isfinite(padded).all()
+    assert_close(padded[real], other[real])
+    assert_close(padded[real], apply(x, ops.masks.Causal())[real], scale=10)
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_padding_changes_no_bidirectional_output(name):
+    _, apply = mixer_for(name)
+    x = tokens()
+    lengths = jnp.array([17, 11])
+    real = np.arange(T) < np.asarray(lengths)[:, None]
+    noise = jnp.where(real[..., None], x, 7 * tokens(seed=1))
+    mask = ops.masks.Lengths(lengths)
+    padded = apply(x, mask)
+    assert np.isfinite(padded).all()
+    assert_close(padded[real], apply(noise, mask)[real])
+    changed = apply(x.at[:, 9].add(1.0), mask)
+    assert np.abs(changed - padded)[:, 8].max() > 1e-6  # it looks ahead
+    assert np.isfinite(apply(x, None)).all()
+
+
+# Without positions these see their keys as a set.
+SETS = (
+    "attention", "topk", "sigmoid", "entmax", "sparsemax", "off_by_one", "talking_heads", "linear",
+    "differential", "cosine", "performer", "latent", "bahdanau", "luong", "value_residual",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_permuted_tokens_give_permuted_outputs(name):
+    _, apply = mixer_for(name)
+    order = np.random.RandomState(0).permutation(T)
+    assert_close(apply(tokens()[:, order], None), apply(tokens(), None)[:, order], scale=20)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_state_is_constant_or_grows_by_the_token(name):
+    module, _ = mixer_for(name)
+    sizes = [module.state_size(length) for length in (64, 128, 256)]
+    assert all(isinstance(size, int) and size > 0 for size in sizes)
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0]) or sizes[1] == sizes[2]
+    assert state_size(config_for(name), 64) == sizes[0]
+
+
+def test_what_the_state_sizes_are():
+    D, H = 16, 8  # two heads
+    for name, size in {
+        "attention": 64 * 2 * D,
+        "sliding_window": 5 * 2 * D,
+        "lstm": 2 * D,
+        "gru": D,
+        "linear": 2 * H * (H + 1),
+        "latent": 64 * 8,
+    }.items():
+        assert state_size(config_for(name), 64) == size, name
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_ten_steps_lower_the_loss(name):
+    """A text that repeats: from log V towards 0."""
+    graphdef, params = nn.split(Decoder(config_for(name, remat=True), rngs=nnx.Rngs(0)))
+    optimizer = optax.adam(2e-2)
+    step = training.make_train_step(training.language_model_loss(graphdef), optimizer, seed=0)
+    text = np.tile(np.random.RandomState(0).permutation(V), 9)
+    windows = np.stack([text[i : i + T + 1] for i in range(4)])
+    batch = {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+    batches = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 10), batch)
+    state = training.TrainState.create(params, optimizer)
+    _, metrics = training.make_train_steps(step)(state, batches, 10)
+    losses = np.asarray(metrics["loss"])
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_in_bfloat16_it_computes_near_float32(name):
+    def logits(dtype):
+        graphdef, params = nn.split(Decoder(config_for(name, dtype=dtype), rngs=nnx.Rngs(0)))
+        return jax.jit(lambda p, t: nn.merge(graphdef, p)(t))(params, np.arange(T)[None] % V)
+
+    assert_close(logits("bfloat16"), logits("float32"), dtype="bfloat16")
+
+
+# The table
+
+
+def test_a_pattern_repeats_over_the_layers():
+    config = dataclasses.replace(config_for("attention"), num_layers=5, mixer="lstm, attention")
+    assert config.mixers == ("lstm", "attention", "lstm", "attention", "lstm")
+    blocks = Decoder(config, rngs=nnx.Rngs(0)).blocks
+    kinds = [type(block.mixer).__name__ for block in blocks]
+    assert kinds == ["LSTM", "MultiHeadAttention", "LSTM", "MultiHeadAttention", "LSTM"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer": "lstm,attention"}, r"model\.mixer: wanted at most model\.num_layers = 1 names"),
+        ({"mixer": ""}, r"model\.mixer: wanted one of .* got ''"),
+        ({"mixer": "linformer"}, r"model\.mixer: 'linformer' sees later tokens too, so no decoder"),
+        ({"mixer": "nystrom"}, r"model\.mixer: 'nystrom' sees later tokens too"),
+        ({"window": 7}, r"model\.window: 7 was set, but no layer .* 'attention' .*sliding_window"),
+        ({"mixer": "lstm", "share_kv": True}, r"model\.share_kv: True was set, but no layer"),
+        ({"mixer": "sliding_window", "window": 0}, r"model\.window: wanted a positive integer"),
+    ],
+    ids=repr,
+)
+def test_a_wrong_mixer_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config_for("attention"), **changes)
+
+
+@pytest.mark.parametrize("name", ["gated_delta", "lstm", "long_conv", "linear"])
+def test_what_takes_tokens_in_order_refuses_other_masks(name):
+    _, apply = mixer_for(name)
+    with pytest.raises(NotImplementedError, match=r"mask: .* takes tokens in order"):
+        apply(tokens(), ops.masks.Causal() & ops.masks.SlidingWindow(3))
