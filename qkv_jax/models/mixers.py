@@ -6,6 +6,7 @@ of its own, `_attention(nn.X, ...)` where it extends `nn.MultiHeadAttention`, el
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
-from qkv_jax.ops import sparse
+from qkv_jax.ops import normalizers, sparse
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
@@ -134,6 +135,17 @@ MIXERS: dict[str, Mixer] = {
     ),
     "strided": _attention(op=Op(sparse.Strided, stride="block_size")),
     "fixed": _attention(op=Op(sparse.Fixed, stride="block_size")),
+    # Exact attention with other weights
+    "sigmoid": _attention(op=Op(normalizers.Sigmoid)),
+    "entmax": _attention(op=Op(normalizers.Entmax, alpha=1.5)),
+    "sparsemax": _attention(op=Op(normalizers.Entmax, alpha=2.0)),
+    "off_by_one": _attention(op=normalizers.off_by_one_attention),
+    "cosine": _attention(nn.CosineAttention),
+    "talking_heads": _attention(nn.TalkingHeadsAttention),
+    "differential": _attention(
+        nn.DifferentialAttention, lambda_init=lambda _, layer: 0.8 - 0.6 * math.exp(-0.3 * layer)
+    ),
+    "value_residual": _attention(nn.ValueResidualAttention),
 }
 
 
