@@ -35,14 +35,14 @@ def config_for(name, **changes):
 
 
 @functools.cache
-def mixer_for(name):
+def mixer_for(name, dtype=None):
     """The module of one layer, every parameter random, and `apply(params, x, mask)`, jitted."""
     sizes = {field: size for field, size in SIZES.items() if field in MIXERS[name].reads}
     config = TransformerConfig(vocab_size=V, context=T, width=16, num_heads=2, **sizes)
     config = dataclasses.replace(config, position="none", use_bias=False)
     init = nnx.initializers.normal(0.3)
     module = MIXERS[name].make(
-        config, 0, kernel_init=init, out_init=init, dtype=None, rngs=nnx.Rngs(0)
+        config, 0, kernel_init=init, out_init=init, dtype=dtype, rngs=nnx.Rngs(0)
     )
     module = randomised(module, scale=0.3)
     graphdef, params = nn.split(module)
@@ -150,11 +150,10 @@ def test_ten_steps_lower_the_loss(name):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_in_bfloat16_it_computes_near_float32(name):
-    module, apply = mixer_for(name)
     x, mask = 0.3 * tokens(), ops.masks.Causal()
-    half = jax.jit(lambda x: module(x, mask=mask))(x.astype(jnp.bfloat16))
-    assert np.isfinite(np.asarray(half, np.float32)).all()
-    assert_close(half, apply(x, mask), dtype="bfloat16", scale=5)
+    half = mixer_for(name, "bfloat16")[1](x.astype(jnp.bfloat16), mask)
+    assert half.dtype == "bfloat16" and np.isfinite(np.asarray(half, np.float32)).all()
+    assert_close(half, mixer_for(name)[1](x, mask), dtype="bfloat16", scale=5)
 
 
 # The table
