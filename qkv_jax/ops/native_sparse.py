@@ -1,0 +1,181 @@
+"""Native sparse attention: a summary of everything, the blocks that matter, and a window."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkv_jax.ops.attention import attention
+from qkv_jax.ops.block_selection import attend_chosen, best_blocks, check
+from qkv_jax.ops.masks import Causal, Lengths, Mask, SlidingWindow
+from qkv_jax.ops.rows import LOGITS, by_rows, masked_softmax
+from qkv_jax.ops.scores import Score
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Which keys native sparse attention attends to.
+
+    Row i of the compressed keys and values stands for the tokens from i * stride on,
+    `compressed_size` of them: as many rows as are whole.
+
+    Args:
+      compressed_size: l, tokens in a row.
+      stride: d, from one row to the next.
+      block_size: l', keys in a block that can be selected.
+      num_selected: n, how many blocks a query selects, the given ones among them.
+      window: how far back the window reaches, as in `masks.SlidingWindow`.
+      num_initial: how many of the first blocks are given.
+      num_local: how many of the last blocks up to the query's own are given.
+    """
+
+    compressed_size: int = 32
+    stride: int = 16
+    block_size: int = 64
+    num_selected: int = 16
+    window: int = 512
+    num_initial: int = 1
+    num_local: int = 2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("window", "num_initial", "num_local") else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{field.name}: wanted an integer of at least {least}, got {value!r}"
+                )
+        if self.num_initial + self.num_local > self.num_selected:
+            raise ValueError(
+                f"num_selected: wanted at least num_initial + num_local = "
+                f"{self.num_initial + self.num_local}, got {self.num_selected}"
+            )
+
+    def last_tokens(self, length: int) -> np.ndarray:
+        """The last token of each row that `length` tokens compress to, [M]."""
+        num_rows = max(0, (length - self.compressed_size) // self.stride + 1)
+        return np.arange(num_rows) * self.stride + self.compressed_size - 1
+
+    def overlap(self, length: int) -> np.ndarray:
+        """How much of each row lies in each block, float32 [M, blocks], in strides."""
+        ends = self.last_tokens(length)[:, None] + 1
+        blocks = np.arange(-(-length // self.block_size)) * self.block_size
+        starts = np.maximum(ends - self.compressed_size, blocks)
+        shared = np.minimum(ends, blocks + self.block_size) - starts
+        return (shared.clip(0) / self.stride).astype(np.float32)
+
+
+def native_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    compressed_k: Array,
+    compressed_v: Array,
+    gates: Array,
+    pattern: Pattern,
+    mask: Mask | None = None,
+    score: Score | tuple[Score, ...] | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+) -> jax.Array:
+    """Native sparse attention, NSA (Yuan et al. 2025, arxiv.org/abs/2502.11089).
+
+        out[t] = gates[t, 0] * attention to the rows of compressed keys whose last token is <= t
+               + gates[t, 1] * attention to the keys <= t in the blocks that t selects
+               + gates[t, 2] * attention to the keys t - window ... t
+
+    The query heads of a key head select together: the first and the last blocks up to their own,
+    as `pattern` gives them, and those of greatest importance,
+
+        importance[t, j] = sum over these heads and the rows i of
+                           weight[t, i] in the first branch * overlap[i, j]
+
+    The selection has no gradient. A branch without keys is 0, as the first is for early queries.
+    Approximates attention over all keys. O(T (window + num_selected * block_size)), and T S /
+    stride products for the compressed rows.
+
+    Args:
+      q, k, v: as in `ops.attention`, with T == S. The branches share k and v; in the paper each
+        has keys and values of its own.
+      compressed_k, compressed_v: floating [B, M, K, H] and [B, M, K, h].
+      gates: floating [B, T, N, 3].
+      pattern: the sizes of blocks and window, and how many are selected.
+      mask: `Causal()`, alone or joined by `&` with `Lengths(...)`.
+      score, q_positions, kv_positions: None; tokens stand in array order.
+      scale, dropout_rate, dropout_rng: as in `ops.attention`; each branch drops for itself.
+
+    Returns:
+      [B, T, N, h], in the dtype of v.
+
+    Raises:
+      ValueError: naming the argument, what came and what was wanted.
+      NotImplementedError: for any other mask, a score or positions.
+    """
+    args, causal, lengths = check(
+        q, k, v, who="native sparse attention", mask=mask, score=score, scale=scale,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, q_positions=q_positions,
+        kv_positions=kv_positions,
+    )  # fmt: skip
+    if not causal:
+        raise NotImplementedError("mask: native sparse attention is causal, so wanted Causal()")
+    B, T, N, H = args.q.shape
+    K, h = args.v.shape[2:]
+    ends = pattern.last_tokens(T)
+    for name, x, wanted in (
+        ("compressed_k", compressed_k, (B, len(ends), K, H)),
+        ("compressed_v", compressed_v, (B, len(ends), K, h)),
+        ("gates", gates, (B, T, N, 3)),
+    ):
+        if np.shape(x) != wanted:
+            raise ValueError(f"{name}: wanted {list(wanted)}, got {list(np.shape(x))}")
+
+    order = Causal() if lengths is None else Causal() & Lengths(lengths)
+    rngs = jax.random.split(dropout_rng, 3) if args.dropout_rate else [None] * 3
+    dropped = [{"dropout_rate": args.dropout_rate, "dropout_rng": rng} for rng in rngs]
+    compressed = attention(
+        args.q, compressed_k, compressed_v, mask=order, scale=args.scale,
+        q_positions=np.arange(T), kv_positions=ends, **dropped[0],
+    )  # fmt: skip
+    chosen = blocks_by_importance(args.q, compressed_k, pattern=pattern, scale=args.scale)
+    selected = attend_chosen(
+        dataclasses.replace(args, **dropped[1]), chosen, block_size=pattern.block_size,
+        causal=True, lengths=lengths,
+    )  # fmt: skip
+    near = order & SlidingWindow(pattern.window)
+    window = attention(args.q, args.k, args.v, mask=near, scale=args.scale, **dropped[2])
+    gates = jnp.asarray(gates, args.dtype)
+    branches = (compressed, selected, window)
+    out = sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
+    return out.astype(args.v.dtype)
+
+
+def blocks_by_importance(
+    q: jax.Array, compressed_k: Array, *, pattern: Pattern, scale: float | Array
+) -> jax.Array:
+    """NSA's choice: int32 [B, T, K, num_selected], -1 where there are fewer blocks."""
+    B, T, N, H = q.shape
+    M, K = compressed_k.shape[1:3]
+    ends, overlap = pattern.last_tokens(T), pattern.overlap(T)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    keys = jnp.asarray(compressed_k, dtype)
+    blocks = np.arange(overlap.shape[1])
+
+    def choose(start: int | jax.Array, size: int) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1).astype(dtype)
+        query = (start + np.arange(size))[:, None]
+        logits = jnp.einsum("BTKGH,BmKH->BKGTm", rows.reshape(B, size, K, N // K, H), keys)
+        weights = masked_softmax(logits * jnp.asarray(scale, dtype), ends <= query)
+        importance = jnp.swapaxes(weights.sum(2) @ overlap, 1, 2)  # [B, t, K, blocks]
+        own = query[:, None] // pattern.block_size
+        given = (blocks < pattern.num_initial) | (blocks > own - pattern.num_local)
+        importance = jnp.where(given, jnp.inf, importance)
+        return best_blocks(jnp.where(blocks <= own, importance, -jnp.inf), pattern.num_selected)
+
+    return by_rows(choose, T, max(1, LOGITS // max(1, B * N * M)))
