@@ -15,7 +15,8 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
-from qkv_jax.ops import normalizers, sparse
+from qkv_jax.ops import lowrank, moba, normalizers, sparse, top_k
+from qkv_jax.ops.native_sparse import Pattern
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
@@ -56,15 +57,17 @@ def _attention(
     module: type[nnx.Module] = nn.MultiHeadAttention,
     *,
     op: Op | Callable[..., jax.Array] | None = None,
-    reads: Sequence[str] = HEADS,
+    heads: Sequence[str] = HEADS,
+    reads: Sequence[str] = (),
     causal: bool = True,
     bidirectional: bool = True,
     **fields: Any,
 ) -> Mixer:
     """A row for `nn.MultiHeadAttention` or what extends it, as the config's fields say.
 
-    `fields` give the module's own arguments: each the name of a field of the config, a function of
-    the config and the layer's number, or the value itself.
+    `heads` are the fields of `HEADS` that the module takes. `fields` give its own arguments: each
+    the name of a field of the config, a function of the config and the layer's number, which reads
+    the fields in `reads`, or the value itself.
     """
 
     def make(config: TransformerConfig, layer: int, **shared: Any) -> nnx.Module:
@@ -76,17 +79,17 @@ def _attention(
         return module(
             config.width,
             config.num_heads,
-            **{name: getattr(config, name) for name in reads},
+            **{name: getattr(config, name) for name in heads},
             use_bias=config.use_bias,
             qk_norm=config.qk_norm,
-            rotary_base=config.rotary_base if config.position == "rotary" else None,
+            rotary_base=_rotary_base(config, layer),
             dropout_rate=config.dropout_rate,
             **own,
             **shared,
         )
 
     settings = _fields(fields) + (_fields(op.fields) if isinstance(op, Op) else ())
-    return Mixer(make, (*reads, *settings), causal, bidirectional)
+    return Mixer(make, (*heads, *reads, *settings), causal, bidirectional)
 
 
 def _module(
@@ -106,17 +109,34 @@ def _module(
     return Mixer(make, _fields(fields), causal, bidirectional)
 
 
+def _rotary_base(config: TransformerConfig, layer: int) -> float | None:
+    del layer
+    return config.rotary_base if config.position == "rotary" else None
+
+
+def _nsa_pattern(config: TransformerConfig, layer: int) -> Pattern:
+    """The paper's proportions: rows overlap by half; the first block and the last two are given."""
+    del layer
+    size, selected = config.block_size, config.num_blocks
+    num_initial = min(1, selected - 1)
+    return Pattern(
+        compressed_size=size, stride=max(1, size // 2), block_size=size, num_selected=selected,
+        window=config.window, num_initial=num_initial, num_local=min(2, selected - num_initial),
+    )  # fmt: skip
+
+
 def _values(fields: dict[str, Any], config: TransformerConfig, layer: int) -> dict[str, Any]:
     def value(field: Any) -> Any:
         if callable(field):
             return field(config, layer)
-        return getattr(config, field) if isinstance(field, str) else field
+        known = isinstance(field, str) and hasattr(config, field)
+        return getattr(config, field) if known else field
 
     return {name: value(field) for name, field in fields.items()}
 
 
 def _fields(fields: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(field for field in fields.values() if isinstance(field, str))
+    return tuple(field for field in fields.values() if field in SETTINGS)
 
 
 MIXERS: dict[str, Mixer] = {
@@ -135,6 +155,15 @@ MIXERS: dict[str, Mixer] = {
     ),
     "strided": _attention(op=Op(sparse.Strided, stride="block_size")),
     "fixed": _attention(op=Op(sparse.Fixed, stride="block_size")),
+    "topk": _attention(op=Op(top_k.TopK, num_keys="top_k")),
+    "moba": _attention(op=Op(moba.MoBA, block_size="block_size", num_blocks="num_blocks")),
+    "nsa": _attention(
+        nn.NativeSparseAttention,
+        reads=("window", "block_size", "num_blocks"),
+        pattern=_nsa_pattern,
+        bidirectional=False,
+    ),
+    "memory": _attention(nn.MemoryAttention, window="window", num_keys="top_k"),
     # Exact attention with other weights
     "sigmoid": _attention(op=Op(normalizers.Sigmoid)),
     "entmax": _attention(op=Op(normalizers.Entmax, alpha=1.5)),
@@ -146,6 +175,35 @@ MIXERS: dict[str, Mixer] = {
         nn.DifferentialAttention, lambda_init=lambda _, layer: 0.8 - 0.6 * math.exp(-0.3 * layer)
     ),
     "value_residual": _attention(nn.ValueResidualAttention),
+    "forgetting": _attention(nn.ForgettingAttention, bidirectional=False),
+    "cope": _attention(nn.ContextualPositionAttention, max_positions="window"),
+    "bahdanau": _attention(nn.AdditiveAttention),
+    "luong": _attention(nn.LuongAttention, heads=("share_kv",), kind="general"),
+    "latent": _module(
+        nn.LatentAttention,
+        head_dim="head_dim",
+        latent_dim="rank",
+        rotary_base=_rotary_base,
+        use_bias="use_bias",
+        dropout_rate="dropout_rate",
+    ),
+    # Low rank
+    "linformer": _attention(nn.LinformerAttention, length="context", rank="rank", causal=False),
+    "nystrom": _attention(op=Op(lowrank.Nystrom, num_landmarks="rank"), causal=False),
+    # Recurrences and convolutions
+    "lstm": _module(nn.LSTM, heads=False, bidirectional=False),
+    "gru": _module(nn.GRU, heads=False, bidirectional=False),
+    "gated_conv": _module(
+        nn.GatedConvolution, heads=False, conv_width="conv_width", use_bias="use_bias"
+    ),
+    "long_conv": _module(
+        nn.LongConvolution,
+        heads=False,
+        bidirectional=False,
+        length="context",
+        short_width="conv_width",
+        use_bias="use_bias",
+    ),
 }
 
 

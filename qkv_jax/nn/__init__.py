@@ -1,33 +1,58 @@
 """Flax NNX modules: they own parameters, and call the functions of `qkv_jax.ops`."""
 
+from qkv_jax.nn.additive import AdditiveAttention, LuongAttention
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.nn.block import NORMS, TransformerBlock, dropout, make_norm
+from qkv_jax.nn.convolution import GatedConvolution, LongConvolution
+from qkv_jax.nn.cope import ContextualPositionAttention
 from qkv_jax.nn.cosine import CosineAttention
 from qkv_jax.nn.embedding import LearnedPositions, SinusoidalPositions
 from qkv_jax.nn.feed_forward import ACTIVATIONS, FeedForward
+from qkv_jax.nn.forgetting import ForgettingAttention
 from qkv_jax.nn.functional import Params, count, merge, split
 from qkv_jax.nn.heads import DifferentialAttention, TalkingHeadsAttention
+from qkv_jax.nn.latent import LatentAttention
 from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.lowrank import LinformerAttention, SequenceProjections
+from qkv_jax.nn.memory import MemoryAttention
+from qkv_jax.nn.native_sparse import NativeSparseAttention
+from qkv_jax.nn.recurrent import GRU, LSTM, Recurrent, initial_state, run
 from qkv_jax.nn.value_residual import ValueResidualAttention
 
 __all__ = [
     "ACTIVATIONS",
+    "GRU",
+    "LSTM",
     "NORMS",
+    "AdditiveAttention",
+    "ContextualPositionAttention",
     "CosineAttention",
     "DifferentialAttention",
     "FeedForward",
+    "ForgettingAttention",
+    "GatedConvolution",
+    "LatentAttention",
     "LearnedPositions",
     "Linear",
+    "LinformerAttention",
+    "LongConvolution",
+    "LuongAttention",
+    "MemoryAttention",
     "MultiHeadAttention",
+    "NativeSparseAttention",
     "Params",
+    "Recurrent",
+    "SequenceProjections",
     "SinusoidalPositions",
     "TalkingHeadsAttention",
     "TransformerBlock",
     "ValueResidualAttention",
     "count",
     "dropout",
+    "initial_state",
     "make_norm",
     "merge",
     "project",
+    "run",
     "split",
 ]
