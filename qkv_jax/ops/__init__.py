@@ -11,23 +11,76 @@ Queries are `[B, T, N, H]`, keys `[B, S, K, H]`, values `[B, S, K, h]`; what `at
 `[B, T, N, h]`.
 """
 
-from qkv_jax.ops import basic, masks, positions, scores
+from qkv_jax.ops import basic, masks, positions, scores, sparse
+from qkv_jax.ops.additive import additive_attention, local_attention
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.convolution import causal_convolution, centred_convolution, long_convolution
+from qkv_jax.ops.cope import cope_attention
+from qkv_jax.ops.cosine import cosine_attention
 from qkv_jax.ops.explain import Explanation, explain
+from qkv_jax.ops.forgetting import forgetting_attention
+from qkv_jax.ops.heads import differential_attention, talking_heads_attention
+from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
+from qkv_jax.ops.lowrank import Nystrom, linformer_attention, nystrom_attention
+from qkv_jax.ops.memory import memory_attention, retrieve
+from qkv_jax.ops.moba import MoBA, moba_attention
+from qkv_jax.ops.native_sparse import native_sparse_attention
+from qkv_jax.ops.normalizers import (
+    Entmax,
+    Sigmoid,
+    entmax,
+    entmax_attention,
+    off_by_one_attention,
+    sigmoid_attention,
+    sparsemax,
+    sparsemax_attention,
+)
+from qkv_jax.ops.top_k import TopK, top_k_attention
 
 __all__ = [
     "Blockwise",
+    "Entmax",
     "Explanation",
+    "MoBA",
+    "Nystrom",
+    "Sigmoid",
     "Stats",
+    "TopK",
+    "absorbed_latent_attention",
+    "additive_attention",
     "attention",
     "attention_weights",
     "attention_with_stats",
     "basic",
+    "causal_convolution",
+    "centred_convolution",
+    "cope_attention",
+    "cosine_attention",
+    "differential_attention",
+    "entmax",
+    "entmax_attention",
     "explain",
+    "forgetting_attention",
+    "latent_attention",
+    "linformer_attention",
+    "local_attention",
+    "long_convolution",
     "masks",
+    "memory_attention",
     "merge",
+    "moba_attention",
+    "native_sparse_attention",
+    "nystrom_attention",
+    "off_by_one_attention",
     "positions",
+    "retrieve",
     "scores",
+    "sigmoid_attention",
+    "sparse",
+    "sparsemax",
+    "sparsemax_attention",
+    "talking_heads_attention",
+    "top_k_attention",
 ]
