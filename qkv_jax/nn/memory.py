@@ -62,7 +62,7 @@ class MemoryAttention(MultiHeadAttention):
             if value < least:
                 raise ValueError(f"{name}: wanted at least {least}, got {value}")
         super().__init__(
-            width, num_heads, op=ops.attention, param_dtype=param_dtype, rngs=rngs, **kwargs
+            width, num_heads, op=memory_attention, param_dtype=param_dtype, rngs=rngs, **kwargs
         )
         self.window = window
         self.num_keys = num_keys
@@ -84,7 +84,7 @@ class MemoryAttention(MultiHeadAttention):
         **dropout: Any,
     ) -> jax.Array:
         near = SlidingWindow(self.window, self.window)
-        local = self.op(
+        local = ops.attention(
             q, k, v, mask=near if mask is None else mask & near, score=score,
             q_positions=q_positions, kv_positions=kv_positions, **dropout,
         )  # fmt: skip
@@ -92,7 +92,7 @@ class MemoryAttention(MultiHeadAttention):
         if memory is not None:
             q_positions = np.arange(q.shape[1]) if q_positions is None else q_positions
             k, v, kv_positions = _joined(k, v, kv_positions, *jax.lax.stop_gradient(memory))
-        retrieved = memory_attention(
+        retrieved = self.op(
             q, k, v, num_keys=self.num_keys, search=self.search,
             mask=~near if mask is None else mask & ~near,
             q_positions=q_positions, kv_positions=kv_positions, **dropout,

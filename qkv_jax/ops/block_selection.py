@@ -65,12 +65,11 @@ def check(
         if kwargs[name] is not None:
             raise NotImplementedError(f"{name}: {who} takes tokens in array order and no scores")
     causal, lengths = order_of(mask, who)
-    args = arguments.check(q, k, v, mask=mask, sinks=None, **kwargs)
-    if args.q.shape[1] != args.k.shape[1]:
+    if np.ndim(q) == np.ndim(k) == 4 and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"k: {who} is self-attention, so wanted T = {args.q.shape[1]} keys, "
-            f"got {args.k.shape[1]}"
+            f"k: {who} is self-attention, so wanted T = {q.shape[1]} keys, got {k.shape[1]}"
         )
+    args = arguments.check(q, k, v, mask=mask, sinks=None, **kwargs)
     return args, causal, lengths
 
 

@@ -215,7 +215,9 @@ class SparseOp:
         positions = kwargs.get("q_positions"), kwargs.get("kv_positions")
         length = _num_positions(*zip((q, k), positions, strict=True))
         own = self.mask(length, q.shape[2], _is_causal(mask))
-        return kwargs | {"mask": own if mask is None else mask & own}
+        if mask is not None:  # what is not a mask, attention refuses
+            own = mask & own if isinstance(mask, Mask) else mask
+        return kwargs | {"mask": own}
 
     def cache_length(self, length: int) -> int:
         """How many of `length` past keys some later query of a causal model may still see."""

@@ -426,10 +426,7 @@ WRONG = {
 
 @pytest.mark.parametrize("argument", WRONG)
 @every_op
-def test_any_other_wrong_argument_is_named(request, name, argument):
-    if argument == "mask" and isinstance(OPS[name].call, sparse.SparseOp):
-        reason = "an array & a Mask is NumPy's TypeError"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason=reason))
+def test_any_other_wrong_argument_is_named(name, argument):
     kwargs = {"mask": own_mask(name)} | WRONG[argument]
     wanted = NotImplementedError if argument in OPS[name].refuses else ValueError
     with pytest.raises((ValueError, wanted), match=f"^{argument}: "):
