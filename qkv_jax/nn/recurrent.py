@@ -138,7 +138,8 @@ class Recurrent(nnx.Module):
 
         Args:
           x: [B, T, D].
-          mask: `Causal()`, alone or with `Lengths(...)`.
+          mask: `Causal()`, alone or with `Lengths(...)`: no token reads what comes after it, so
+            padding at the end needs no care.
           positions: unused: tokens come in the order of the array.
           rng: unused: there is no dropout inside.
 
@@ -150,10 +151,10 @@ class Recurrent(nnx.Module):
         """
         del positions, rng
         name = type(self).__name__
-        causal, lengths = masks.order_of(mask, name)
+        causal, _ = masks.order_of(mask, name)
         if not causal:
             raise NotImplementedError(f"mask: {name} is causal, wanted Causal(), got {mask}")
-        y, _ = run(self.cell, x, lengths=lengths)
+        y, _ = run(self.cell, x)
         return self.out(y)
 
     def state_size(self, length: int) -> int:
