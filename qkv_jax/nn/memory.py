@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from qkv_jax import ops
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.ops.masks import Mask, SlidingWindow
 from qkv_jax.ops.memory import memory_attention, retrieve
 from qkv_jax.ops.scores import Score
+from qkv_jax.ops.sparse import Local
 
 BEFORE_ALL = -(2**30)  # the position of an external memory's keys
 
@@ -83,18 +83,18 @@ class MemoryAttention(MultiHeadAttention):
         memory: tuple[jax.Array, jax.Array] | None = None,
         **dropout: Any,
     ) -> jax.Array:
-        near = SlidingWindow(self.window, self.window)
-        local = ops.attention(
-            q, k, v, mask=near if mask is None else mask & near, score=score,
-            q_positions=q_positions, kv_positions=kv_positions, **dropout,
+        local = Local(self.window)(
+            q, k, v, mask=mask, score=score, q_positions=q_positions, kv_positions=kv_positions,
+            **dropout,
         )  # fmt: skip
         k, v = jax.lax.stop_gradient((k, v))
         if memory is not None:
             q_positions = np.arange(q.shape[1]) if q_positions is None else q_positions
             k, v, kv_positions = _joined(k, v, kv_positions, *jax.lax.stop_gradient(memory))
+        far = ~SlidingWindow(self.window, self.window)
         retrieved = self.op(
             q, k, v, num_keys=self.num_keys, search=self.search,
-            mask=~near if mask is None else mask & ~near,
+            mask=far if mask is None else mask & far,
             q_positions=q_positions, kv_positions=kv_positions, **dropout,
         )  # fmt: skip
         gate = jax.nn.sigmoid(self.gate[...].astype(local.dtype))[:, None]

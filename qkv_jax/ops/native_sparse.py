@@ -8,9 +8,10 @@ import numpy as np
 
 from qkv_jax.ops.attention import attention
 from qkv_jax.ops.block_selection import attend_chosen, best_blocks, check
-from qkv_jax.ops.masks import Causal, Lengths, Mask, SlidingWindow
+from qkv_jax.ops.masks import Causal, Lengths, Mask
 from qkv_jax.ops.rows import LOGITS, by_rows, masked_softmax
 from qkv_jax.ops.scores import Score
+from qkv_jax.ops.sparse import Local
 
 Array = jax.Array | np.ndarray
 
@@ -148,8 +149,9 @@ def native_sparse_attention(
         dataclasses.replace(args, **dropped[1]), chosen, block_size=pattern.block_size,
         causal=True, lengths=lengths,
     )  # fmt: skip
-    near = order & SlidingWindow(pattern.window)
-    window = attention(args.q, args.k, args.v, mask=near, scale=args.scale, **dropped[2])
+    window = Local(pattern.window)(
+        args.q, args.k, args.v, mask=order, scale=args.scale, **dropped[2]
+    )
     gates = jnp.asarray(gates, args.dtype)
     branches = (compressed, selected, window)
     out = sum(gates[..., i, None] * branch for i, branch in enumerate(branches))

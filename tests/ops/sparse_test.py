@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from qkv_jax import nn, ops
-from qkv_jax.ops import masks, scores, sparse
+from qkv_jax.ops import masks, scores, sparse, sparse_masks
 from qkv_jax.ops.dropout import keep_mask
 from tests.ops.mask_algebra_test import assert_sound, cover, truth
 from tests.tolerances import assert_close
@@ -259,7 +259,7 @@ def test_bigbird_under_traced_positions_must_be_told_its_length():
 
 LEAVES = {
     "coarse": lambda r: sparse.chunked_local(r.randint(1, 5), r.randint(0, 3), r.randint(0, 2)),
-    "chunk_ends": lambda r: sparse.ChunkEnds(size := r.randint(1, 6), r.randint(1, size + 1)),
+    "chunk_ends": lambda r: sparse_masks.ChunkEnds(size := r.randint(1, 6), r.randint(1, size + 1)),
 }
 
 
@@ -296,6 +296,22 @@ def test_computed_blocks_grow_linearly_with_the_length(mask):
 
     short, long = computed(8192), computed(16384)
     assert 1.8 * short < long < 2.2 * short
+
+
+def test_long_sequences_are_computed_in_small_blocks_unless_the_keys_are_scattered(monkeypatch):
+    calls = []
+
+    def attention(q, k, v, *, implementation, **kwargs):
+        calls.append(implementation)
+
+    monkeypatch.setattr(sparse, "attention", attention)
+    long = np.zeros((1, 256, 2, 4), "f")
+    for op in (sparse.Local(8), sparse.BigBird(32), sparse.BigBird(5), sparse.Strided(8)):
+        op(long, long, long)
+        op(long[:, :1], long, long, q_positions=np.array([255]))
+        op(long, long, long, implementation="reference")
+    wanted = [ops.Blockwise(64, 64), ops.Blockwise(32, 32), ops.Blockwise(20, 20), None]
+    assert calls == [x for blocks in wanted for x in (blocks, None, "reference")]
 
 
 # Ops
