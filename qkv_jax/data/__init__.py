@@ -21,6 +21,11 @@ from qkv_jax.data.batches import (
 )
 from qkv_jax.data.corpora import CORPORA, Corpus, load_corpus, python_docs, text_file
 from qkv_jax.data.floors import bits_per_character, ngram_floors
+from qkv_jax.data.masking import (
+    masked_windows,
+    sequential_masked_windows,
+    stacked_masked_windows,
+)
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
@@ -44,12 +49,15 @@ __all__ = [
     "build_tokenizer",
     "check_token_ids",
     "load_corpus",
+    "masked_windows",
     "ngram_floors",
     "pack_tokens",
     "python_docs",
     "random_windows",
+    "sequential_masked_windows",
     "sequential_windows",
     "split",
+    "stacked_masked_windows",
     "stacked_windows",
     "text_file",
 ]
