@@ -15,7 +15,7 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
-from qkv_jax.ops import lowrank, moba, normalizers, sparse, top_k
+from qkv_jax.ops import features, lowrank, moba, normalizers, sparse, top_k
 from qkv_jax.ops.native_sparse import Pattern
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
@@ -109,6 +109,12 @@ def _module(
     return Mixer(make, _fields(fields), causal, bidirectional)
 
 
+def _recurrence(module: type[nnx.Module], **fields: Any) -> Mixer:
+    """A row for what extends `nn.LinearRecurrence`."""
+    shared = {name: name for name in ("head_dim", "chunk_size", "use_bias")}
+    return _module(module, bidirectional=False, **shared, **fields)
+
+
 def _rotary_base(config: TransformerConfig, layer: int) -> float | None:
     del layer
     return config.rotary_base if config.position == "rotary" else None
@@ -187,6 +193,17 @@ MIXERS: dict[str, Mixer] = {
         use_bias="use_bias",
         dropout_rate="dropout_rate",
     ),
+    # Linear attention and the delta rule
+    "linear": _attention(op=Op(features.LinearAttention, chunk_size="chunk_size")),
+    "performer": _attention(
+        op=Op(features.Performer, num_features="num_features", chunk_size="chunk_size")
+    ),
+    "retention": _recurrence(nn.Retention, rotary_base=_rotary_base),
+    "gated_linear": _recurrence(nn.GatedLinearAttention),
+    "ssd": _recurrence(nn.StateSpaceDuality, conv_width="conv_width"),
+    "delta": _recurrence(nn.DeltaNet, conv_width="conv_width"),
+    "gated_delta": _recurrence(nn.GatedDeltaNet, conv_width="conv_width"),
+    "kimi_delta": _recurrence(nn.KimiDeltaAttention, conv_width="conv_width"),
     # Low rank
     "linformer": _attention(nn.LinformerAttention, length="context", rank="rank", causal=False),
     "nystrom": _attention(op=Op(lowrank.Nystrom, num_landmarks="rank"), causal=False),

@@ -13,6 +13,15 @@ from qkv_jax.nn.functional import Params, count, merge, split
 from qkv_jax.nn.heads import DifferentialAttention, TalkingHeadsAttention
 from qkv_jax.nn.latent import LatentAttention
 from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.linear_attention import (
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    LinearRecurrence,
+    Retention,
+    StateSpaceDuality,
+)
 from qkv_jax.nn.lowrank import LinformerAttention, SequenceProjections
 from qkv_jax.nn.memory import MemoryAttention
 from qkv_jax.nn.native_sparse import NativeSparseAttention
@@ -27,13 +36,18 @@ __all__ = [
     "AdditiveAttention",
     "ContextualPositionAttention",
     "CosineAttention",
+    "DeltaNet",
     "DifferentialAttention",
     "FeedForward",
     "ForgettingAttention",
     "GatedConvolution",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LatentAttention",
     "LearnedPositions",
     "Linear",
+    "LinearRecurrence",
     "LinformerAttention",
     "LongConvolution",
     "LuongAttention",
@@ -42,8 +56,10 @@ __all__ = [
     "NativeSparseAttention",
     "Params",
     "Recurrent",
+    "Retention",
     "SequenceProjections",
     "SinusoidalPositions",
+    "StateSpaceDuality",
     "TalkingHeadsAttention",
     "TransformerBlock",
     "ValueResidualAttention",

@@ -163,8 +163,11 @@ class MultiHeadAttention(nnx.Module):
     def state_size(self, length: int) -> int:
         """How many numbers decoding one more token needs, after `length` of them: keys and values.
 
-        An op that forgets keys says so by its `cache_length(length)`.
+        An op that forgets keys says so by its `cache_length(length)`; one that keeps something else
+        by its `cache_size(num_kv_heads, head_dim)`.
         """
+        if hasattr(self.op, "cache_size"):
+            return self.op.cache_size(self.num_kv_heads, self.head_dim)
         keys = getattr(self.op, "cache_length", lambda length: length)(length)
         return keys * self.num_kv_heads * self.head_dim * (1 if self.value is None else 2)
 
