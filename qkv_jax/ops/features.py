@@ -55,7 +55,7 @@ def random_features(x: Array, projection: Array, *, is_query: bool) -> jax.Array
 
     for projections w with rows N(0, 1) (Choromanski et al. 2020, arxiv.org/abs/2009.14794). Here
     times a positive factor that cancels in the weights, so that nothing overflows: for a query its
-    own largest feature, for keys exp(-max |w|^2 / 2), which is the same for all of them. So no
+    own largest feature, for keys exp(-max |w|^2 / 4), which is the same for all of them. So no
     token has a say in another's features, and states carry from one call to the next. Keys with
     |x|^2 far beyond 100 vanish in float32.
 
@@ -72,7 +72,7 @@ def random_features(x: Array, projection: Array, *, is_query: bool) -> jax.Array
     if is_query:
         peak = jnp.max(exponents, axis=-1, keepdims=True)
     else:
-        peak = jnp.max(jnp.sum(projection * projection, axis=-1)) / 2
+        peak = jnp.max(jnp.sum(projection * projection, axis=-1)) / 4
     return jnp.exp(exponents - jax.lax.stop_gradient(peak)) / projection.shape[0] ** 0.5
 
 
@@ -93,7 +93,10 @@ def orthogonal_projection(rng: Array, num_features: int, width: int) -> jax.Arra
     """
     rows, lengths = jax.random.split(rng)
     blocks = jax.random.normal(rows, (-(-num_features // width), width, width))
-    orthogonal = jnp.linalg.qr(blocks)[0].reshape(-1, width)[:num_features]
+    q, r = jnp.linalg.qr(blocks)
+    # QR leaves the signs to the algorithm; only these make every direction equally likely.
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    orthogonal = q.reshape(-1, width)[:num_features]
     norms = jnp.linalg.norm(jax.random.normal(lengths, (num_features, width)), axis=-1)
     return orthogonal * norms[:, None]
 
@@ -282,5 +285,8 @@ def _normalised(
         out, _ = linear_attention(q, k, joined, scale=1.0, lengths=lengths, chunk_size=chunk_size)
     else:
         out = linear_attention_bidirectional(q, k, joined, scale=1.0, lengths=lengths)
+    # Divided by its own value first, a small total has no square that vanishes in a derivative.
+    own = jax.lax.stop_gradient(out[..., -1:])
+    out = out / jnp.where(own > jnp.finfo(own.dtype).tiny, own, 1)
     total = out[..., -1:]
     return (out[..., :-1] / jnp.where(total == 0, 1, total)).astype(v.dtype)
