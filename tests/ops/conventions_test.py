@@ -227,6 +227,8 @@ def is_op(name, value):
 def test_every_op_has_a_row():
     found = set()
     for info in pkgutil.iter_modules(ops.__path__):
+        if info.name == "features":  # no weights, so little to honour: features_test has its own
+            continue
         module = importlib.import_module(f"qkv_jax.ops.{info.name}")
         for name, value in vars(module).items():
             if getattr(value, "__module__", None) == module.__name__ and is_op(name, value):
