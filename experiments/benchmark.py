@@ -3,6 +3,7 @@
     python -m experiments.benchmark train --text=data/tinyshakespeare.txt \
         --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
     python -m experiments.benchmark attention
+    python -m experiments.benchmark mechanisms
 
 `train` measures this repository's training on Shakespeare's characters, and beside it nanoGPT's own
 `train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
@@ -10,6 +11,7 @@
 the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
 
 `attention` measures one call of attention beside JAX's own and PyTorch's: `benchmark_attention`.
+`mechanisms` measures how every mixer's time and memory grow with length: `benchmark_mechanisms`.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmark_attention import QUICK, benchmark_attention
+from experiments.benchmark_mechanisms import benchmark_mechanisms
 from experiments.benchmark_table import processor
 from qkv_jax.training.run_directory import versions, write_text_atomic
 from qkv_jax.training.writers import read_metrics
@@ -283,12 +286,21 @@ def write(rows: list[tuple[str, str, str]]) -> None:
 
 
 def attention() -> None:
-    """What `benchmark_attention` writes; a quick run leaves the committed results alone."""
-    folder = Path(tempfile.gettempdir() if QUICK.value else "results")
-    benchmark_attention(Path(OUT.value or folder / "benchmark_attention"))
+    """What `benchmark_attention` writes."""
+    benchmark_attention(_out("benchmark_attention"))
 
 
-BENCHMARKS = {"attention": attention, "train": benchmark_train}
+def mechanisms() -> None:
+    """What `benchmark_mechanisms` writes."""
+    benchmark_mechanisms(_out("benchmark_mechanisms"))
+
+
+def _out(name: str) -> Path:
+    """Where results go; a quick run leaves the committed ones alone."""
+    return Path(OUT.value or Path(tempfile.gettempdir() if QUICK.value else "results") / name)
+
+
+BENCHMARKS = {"attention": attention, "mechanisms": mechanisms, "train": benchmark_train}
 
 
 def main(argv: list[str]) -> None:

@@ -27,8 +27,9 @@ from qkv_jax.training.run_directory import write_text_atomic
 from qkv_jax.viz import style
 
 CASES_FLAG = flags.DEFINE_list("cases", [], "attention: cases by name or number; by default all")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "attention: timings of each side", lower_bound=1)
-QUICK = flags.DEFINE_bool("quick", False, "attention: small sizes, to see whether it works")
+# These two are flags of `mechanisms` as well.
+ROUNDS = flags.DEFINE_integer("rounds", 7, "timings of each side", lower_bound=1)
+QUICK = flags.DEFINE_bool("quick", False, "small sizes, to see whether it works")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRINK = 16

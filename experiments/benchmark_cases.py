@@ -291,11 +291,7 @@ def _brief(row: Row) -> list[str]:
 
 def section_from(record: dict) -> Section:
     """The section that a process has written."""
-    rows = [
-        Row(**row | {"ratios": tuple(Ratio(**ratio) for ratio in row["ratios"])})
-        for row in record["rows"]
-    ]
-    return Section(**record | {"rows": rows})
+    return Section(**record | {"rows": [Row.from_record(row) for row in record["rows"]]})
 
 
 if __name__ == "__main__":

@@ -80,17 +80,22 @@ def jax_nn(
 
 def jax_side(attend: Callable, arrays: Sequence[Any], backward: bool) -> Side:
     """A function of all arrays but the last, compiled; the last is its cotangent."""
-
-    def both(*arrays):
-        out, pull = jax.vjp(attend, *arrays[:-1])
-        return out, pull(arrays[-1])
-
-    compute = jax.jit(both if backward else lambda *arrays: attend(*arrays[:-1]))
+    compute = jax.jit(both_passes(attend) if backward else lambda *arrays: attend(*arrays[:-1]))
     arrays = jax.tree.map(jnp.asarray, tuple(arrays))
     return Side(
         run=lambda: jax.block_until_ready(compute(*arrays)),
         as_numpy=lambda found: [np.asarray(x, np.float32) for x in jax.tree.leaves(found)],
     )
+
+
+def both_passes(function: Callable) -> Callable:
+    """From the function's arguments and its output's cotangent: the output and all gradients."""
+
+    def both(*arrays):
+        out, pull = jax.vjp(function, *arrays[:-1])
+        return out, pull(arrays[-1])
+
+    return both
 
 
 def sdpa(arrays: Arrays, backward: bool, causal: bool) -> Side:

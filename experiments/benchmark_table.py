@@ -41,6 +41,13 @@ class Ratio:
         good = value >= self.target if self.at_least else value <= self.target
         return "reached" if good else "missed"
 
+    def shown(self, value: float) -> str:
+        """The value, and beside a target whether it is reached."""
+        if self.target is None:
+            return f"{value:.2f}"
+        bound = "≥" if self.at_least else "≤"
+        return f"**{value:.2f}** ({bound} {self.target:g}: {self.verdict(value)})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -57,6 +64,11 @@ class Row:
     values: dict[str, Values]
     ratios: tuple[Ratio, ...] = ()
     unit: str = "ms"
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Row":
+        """From JSON."""
+        return cls(**record | {"ratios": tuple(Ratio(**ratio) for ratio in record["ratios"])})
 
     def median(self, side: str) -> float | None:
         values = self.values.get(side, "")
@@ -105,15 +117,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
     sides = list(dict.fromkeys(side for row in rows for side in row.values))
     ratios = list(dict.fromkeys(ratio.name for row in rows for ratio in row.ratios))
     heads = ["what", *(f"{side}, {rows[0].unit}" for side in sides), *ratios]
-    lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
+    lines = [line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         values = [_value(row, side) for side in sides]
         cells = {ratio.name: _ratio(row, ratio) for ratio in row.ratios}
-        lines.append(_line([row.what, *values, *(cells.get(name, "-") for name in ratios)]))
+        lines.append(line([row.what, *values, *(cells.get(name, "-") for name in ratios)]))
     return lines
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -124,12 +137,7 @@ def _value(row: Row, side: str) -> str:
 
 def _ratio(row: Row, ratio: Ratio) -> str:
     value = row.quotient(ratio)
-    if value is None:
-        return "-"
-    if ratio.target is None:
-        return f"{value:.2f}"
-    bound = "≥" if ratio.at_least else "≤"
-    return f"**{value:.2f}** ({bound} {ratio.target:g}: {ratio.verdict(value)})"
+    return "-" if value is None else ratio.shown(value)
 
 
 def figure(value: float) -> str:
@@ -140,11 +148,15 @@ def figure(value: float) -> str:
 
 def summary(sections: Sequence[Section]) -> str:
     """How many targets were reached, and which rows missed one."""
-    rows = [(section, row) for section in sections for row in section.rows]
-    verdicts = [verdict for _, row in rows for verdict in row.verdicts()]
+    return tally([(f"{s.name}: {row.what}", row.verdicts()) for s in sections for row in s.rows])
+
+
+def tally(found: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """How many of the verdicts on what is named are `reached`, and what missed one."""
+    verdicts = [verdict for _, of_one in found for verdict in of_one]
     if not verdicts:
         return "No target could be checked."
-    missed = [f"{s.name}: {row.what}" for s, row in rows if "missed" in row.verdicts()]
+    missed = [name for name, of_one in found if "missed" in of_one]
     text = f"Targets reached: {verdicts.count('reached')} of {len(verdicts)}."
     return text + (f" Missed: {'; '.join(missed)}." if missed else "")
 
