@@ -95,7 +95,10 @@ def prepare(
     if state is None:
         state = np.zeros((B, K, H, h), np.float32)
     _checked("state", state, "BKHh", B=B, K=K, H=H, h=h)
-    if lengths is not None and np.shape(lengths) not in ((), (1,), (B,)):
+    if lengths is not None and (
+        np.shape(lengths) not in ((), (1,), (B,))
+        or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer)
+    ):
         raise ValueError(f"lengths: wanted integers [B] = [{B}], got {described(lengths)}")
 
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
