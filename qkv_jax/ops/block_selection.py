@@ -28,6 +28,7 @@ from qkv_jax.ops.masks import Causal, Dense, Lengths, Mask, order_of
 
 Array = jax.Array | np.ndarray
 
+SCORES = 2**18  # of blocks, at once while choosing: they stay in a CPU's cache
 SHORT = 1024  # up to so many tokens, the mask is the faster form on a CPU
 LOGITS = (
     2**21

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops.block_selection import attend_chosen, best_blocks, check
+from qkv_jax.ops.block_selection import SCORES, attend_chosen, best_blocks, check
 from qkv_jax.ops.masks import Mask
-from qkv_jax.ops.rows import LOGITS, by_rows
+from qkv_jax.ops.rows import by_rows
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array | np.ndarray
@@ -92,7 +92,7 @@ def blocks_by_mean_key(
         gates = jnp.where(open_to_choice, gates, -jnp.inf)
         return best_blocks(jnp.where(blocks == own, jnp.inf, gates), num_blocks)
 
-    return by_rows(choose, T, max(1, LOGITS // max(1, B * N * len(blocks))))
+    return by_rows(choose, T, max(1, SCORES // max(1, B * N * len(blocks))))
 
 
 def _mean_keys(

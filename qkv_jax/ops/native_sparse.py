@@ -1,15 +1,16 @@
 """Native sparse attention: a summary of everything, the blocks that matter, and a window."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops.attention import attention
-from qkv_jax.ops.block_selection import attend_chosen, best_blocks, check
+from qkv_jax.ops.attention import attention_with_stats
+from qkv_jax.ops.block_selection import SCORES, attend_chosen, best_blocks, check
 from qkv_jax.ops.masks import Causal, Lengths, Mask
-from qkv_jax.ops.rows import LOGITS, by_rows, masked_softmax
+from qkv_jax.ops.rows import by_rows
 from qkv_jax.ops.scores import Score
 from qkv_jax.ops.sparse import Local
 
@@ -25,7 +26,7 @@ class Pattern:
 
     Args:
       compressed_size: l, tokens in a row.
-      stride: d, from one row to the next.
+      stride: d, from one row to the next; the paper's divides l and l'.
       block_size: l', keys in a block that can be selected.
       num_selected: n, how many blocks a query selects, the given ones among them.
       window: how far back the window reaches, as in `masks.SlidingWindow`.
@@ -60,14 +61,6 @@ class Pattern:
         num_rows = max(0, (length - self.compressed_size) // self.stride + 1)
         return np.arange(num_rows) * self.stride + self.compressed_size - 1
 
-    def overlap(self, length: int) -> np.ndarray:
-        """How much of each row lies in each block, float32 [M, blocks], in strides."""
-        ends = self.last_tokens(length)[:, None] + 1
-        blocks = np.arange(-(-length // self.block_size)) * self.block_size
-        starts = np.maximum(ends - self.compressed_size, blocks)
-        shared = np.minimum(ends, blocks + self.block_size) - starts
-        return (shared.clip(0) / self.stride).astype(np.float32)
-
 
 def native_sparse_attention(
     q: Array,
@@ -96,7 +89,7 @@ def native_sparse_attention(
     as `pattern` gives them, and those of greatest importance,
 
         importance[t, j] = sum over these heads and the rows i of
-                           weight[t, i] in the first branch * overlap[i, j]
+                           weight[t, i] in the first branch * strides that i and j share
 
     The selection has no gradient. A branch without keys is 0, as the first is for early queries.
     Approximates attention over all keys. O(T (window + num_selected * block_size)), and T S /
@@ -140,11 +133,13 @@ def native_sparse_attention(
     order = Causal() if lengths is None else Causal() & Lengths(lengths)
     rngs = jax.random.split(dropout_rng, 3) if args.dropout_rate else [None] * 3
     dropped = [{"dropout_rate": args.dropout_rate, "dropout_rng": rng} for rng in rngs]
-    compressed = attention(
+    compressed, stats = attention_with_stats(
         args.q, compressed_k, compressed_v, mask=order, scale=args.scale,
         q_positions=np.arange(T), kv_positions=ends, **dropped[0],
     )  # fmt: skip
-    chosen = blocks_by_importance(args.q, compressed_k, pattern=pattern, scale=args.scale)
+    chosen = blocks_by_importance(
+        args.q, compressed_k, stats.lse, pattern=pattern, scale=args.scale
+    )
     selected = attend_chosen(
         dataclasses.replace(args, **dropped[1]), chosen, block_size=pattern.block_size,
         causal=True, lengths=lengths,
@@ -159,25 +154,52 @@ def native_sparse_attention(
 
 
 def blocks_by_importance(
-    q: jax.Array, compressed_k: Array, *, pattern: Pattern, scale: float | Array
+    q: jax.Array, compressed_k: Array, lse: jax.Array, *, pattern: Pattern, scale: float | Array
 ) -> jax.Array:
-    """NSA's choice: int32 [B, T, K, num_selected], -1 where there are fewer blocks."""
+    """NSA's choice: int32 [B, T, K, num_selected], -1 where there are fewer blocks.
+
+    Args:
+      q, compressed_k, scale: of the first branch.
+      lse: [B, N, T], its log-sum-exp, which makes weights of logits.
+      pattern: says which rows and blocks there are.
+    """
     B, T, N, H = q.shape
     M, K = compressed_k.shape[1:3]
-    ends, overlap = pattern.last_tokens(T), pattern.overlap(T)
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    keys = jnp.asarray(compressed_k, dtype)
-    blocks = np.arange(overlap.shape[1])
+    ends = pattern.last_tokens(T)
+    keys = jnp.asarray(compressed_k, lse.dtype)
+    blocks = np.arange(-(-T // pattern.block_size))
 
     def choose(start: int | jax.Array, size: int) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1).astype(dtype)
+        rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1).astype(lse.dtype)
+        total = jax.lax.dynamic_slice_in_dim(lse, start, size, axis=2)
         query = (start + np.arange(size))[:, None]
         logits = jnp.einsum("BTKGH,BmKH->BKGTm", rows.reshape(B, size, K, N // K, H), keys)
-        weights = masked_softmax(logits * jnp.asarray(scale, dtype), ends <= query)
-        importance = jnp.swapaxes(weights.sum(2) @ overlap, 1, 2)  # [B, t, K, blocks]
+        logits = logits * jnp.asarray(scale, lse.dtype) - total.reshape(B, K, N // K, size, 1)
+        weights = jnp.where(ends <= query, jnp.exp(logits), 0).sum(2)
+        importance = importance_of_blocks(jnp.swapaxes(weights, 1, 2), len(blocks), pattern)
         own = query[:, None] // pattern.block_size
         given = (blocks < pattern.num_initial) | (blocks > own - pattern.num_local)
         importance = jnp.where(given, jnp.inf, importance)
         return best_blocks(jnp.where(blocks <= own, importance, -jnp.inf), pattern.num_selected)
 
-    return by_rows(choose, T, max(1, LOGITS // max(1, B * N * M)))
+    q, lse, keys = jax.lax.stop_gradient((q, lse, keys))
+    return by_rows(choose, T, max(1, SCORES // max(1, B * N * M)))
+
+
+def importance_of_blocks(weights: jax.Array, num_blocks: int, pattern: Pattern) -> jax.Array:
+    """Equation 9 of the paper: [..., M] weights of compressed rows to [..., num_blocks].
+
+    Tokens are counted in units that strides, rows and blocks are made of: where the stride divides
+    the others, in strides. A row gives its weight to each of its units, a block takes the sum.
+    """
+    sizes = pattern.stride, pattern.compressed_size, pattern.block_size
+    unit = math.gcd(*sizes)
+    stride, row, block = (size // unit for size in sizes)
+    last = (weights.shape[-1] - 1) * stride  # where the last row begins
+    rest = num_blocks * block - max(0, last + 1)
+    none = [(0, 0, 0)] * (weights.ndim - 1)
+    units = sum(
+        jax.lax.pad(weights, jnp.zeros((), weights.dtype), [*none, (n, rest - n, stride - 1)])
+        for n in range(row)
+    )
+    return units.reshape(*weights.shape[:-1], num_blocks, block).sum(-1) / stride

@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 
 B, T, D, N, K, H = 2, 19, 10, 6, 3, 4
 PATTERN = Pattern(
-    compressed_size=5, stride=3, block_size=4, num_selected=2, window=3, num_initial=0, num_local=1
+    compressed_size=6, stride=3, block_size=9, num_selected=1, window=3, num_initial=0, num_local=1
 )
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 X = np.random.RandomState(0).randn(B, T, D).astype("f")
@@ -35,12 +35,12 @@ def run(module, x=X, **kwargs):
 
 
 def compressed(layer, x):
-    """Rows 0-4, 3-7, 6-10, 9-13, 12-16, one vector at a time: an MLP with the exact GELU."""
+    """Rows 0-5, 3-8, 6-11, 9-14, 12-17, one vector at a time: an MLP with the exact GELU."""
     rows = np.zeros((B, 5, K, H))
     W, b = (np.asarray(p[...], float) for p in (layer.up.kernel, layer.up.bias))
     V, c = (np.asarray(p[...], float) for p in (layer.down.kernel, layer.down.bias))
     for i, m, j in np.ndindex(B, 5, K):
-        z = np.concatenate([x[i, t, j] for t in range(3 * m, 3 * m + 5)]) @ W + b
+        z = np.concatenate([x[i, t, j] for t in range(3 * m, 3 * m + 6)]) @ W + b
         z *= [0.5 * (1 + math.erf(a / 2**0.5)) for a in z]
         rows[i, m, j] = z @ V + c
     return rows
@@ -70,7 +70,7 @@ def test_causality_by_gradient():
     jacobian = compiled(jax.vmap(lambda t: jax.grad(lambda x: (row(x, t) ** 2).sum())(X)))
     used = np.abs(jacobian(np.arange(T))).max((1, 3)) > 0
     assert not np.triu(used, 1).any() and np.diagonal(used).all()
-    assert used[-1, :17].all()  # all that is in a whole row
+    assert used[-1, :18].all()  # all that is in a whole row
 
 
 def test_gradients_reach_every_parameter():
@@ -98,7 +98,7 @@ def test_a_sequence_shorter_than_a_row_runs():
 
 def test_parameters_are_those_of_attention_two_mlps_and_the_gates():
     plain = nn.MultiHeadAttention(D, N, num_kv_heads=K, head_dim=H, rngs=nnx.Rngs(0))
-    added = 2 * ((5 * H + 1) * 7 + (7 + 1) * H) + (D + 1) * 3 * N
+    added = 2 * ((6 * H + 1) * 7 + (7 + 1) * H) + (D + 1) * 3 * N
     assert nn.count(nn.split(attention())[1]) == nn.count(nn.split(plain)[1]) + added
     assert attention(hidden=None).compress_key.up.out_features == 4 * H
     a, b = (nn.split(attention())[0] for _ in "ab")

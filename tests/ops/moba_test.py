@@ -112,7 +112,7 @@ def test_the_choice_is_made_a_few_rows_at_a_time(monkeypatch):
     choose = functools.partial(blocks_by_mean_key, block_size=SIZE, num_blocks=3, causal=True)
     q, k = (jnp.asarray(x, "float32") for x in (Q, KEYS))
     at_once = jax.jit(choose)(q, k)
-    monkeypatch.setattr("qkv_jax.ops.moba.LOGITS", 5 * B * N * 6)  # 5 rows of 17
+    monkeypatch.setattr("qkv_jax.ops.moba.SCORES", 5 * B * N * 6)  # 5 rows of 17
     np.testing.assert_array_equal(jax.jit(choose)(q, k), at_once)
     for b, t, n in np.ndindex(B, T, N):
         blocks = set(np.asarray(at_once[b, t, n]).tolist()) - {-1}

@@ -9,7 +9,12 @@ import pytest
 
 from qkv_jax import ops
 from qkv_jax.ops import block_selection, masks, scores
-from qkv_jax.ops.native_sparse import Pattern, blocks_by_importance, native_sparse_attention
+from qkv_jax.ops.native_sparse import (
+    Pattern,
+    blocks_by_importance,
+    importance_of_blocks,
+    native_sparse_attention,
+)
 from tests.tolerances import assert_close
 
 B, T, N, K, H, h = 2, 23, 6, 3, 5, 4
@@ -46,6 +51,13 @@ def softmax(q, keys, values):
 def rows_of(t):
     """The compressed rows that t may see: those whose last token is t or earlier."""
     return [i for i in range(M) if i * 2 + 4 - 1 <= t]
+
+
+ROWS = masks.Dense(np.array([[i in rows_of(t) for i in range(M)] for t in range(T)]))
+
+
+def row_lse(q, ck):
+    return ops.attention_with_stats(q, ck, ck, mask=ROWS)[1].lse
 
 
 def selected(b, t, kv_head):
@@ -100,28 +112,36 @@ def test_each_branch_has_its_gate_and_no_rows_yet_give_0():
 
 
 def test_the_selection_is_the_loop_s_also_a_few_rows_at_a_time(monkeypatch):
-    choose = functools.partial(blocks_by_importance, pattern=PATTERN, scale=H**-0.5)
-    at_once = jax.jit(choose)(Q.astype("f"), CK)
+    def choose(q, ck):
+        return blocks_by_importance(q, ck, row_lse(q, ck), pattern=PATTERN, scale=H**-0.5)
+
+    at_once = jax.jit(lambda *x: choose(*x))(Q.astype("f"), CK)
     for b, t, n in np.ndindex(B, T, K):
         blocks = np.asarray(at_once[b, t, n])
         assert sorted(blocks[blocks >= 0]) == sorted(selected(b, t, n))
-    monkeypatch.setattr("qkv_jax.ops.native_sparse.LOGITS", 7 * B * N * M)
-    np.testing.assert_array_equal(jax.jit(choose)(Q.astype("f"), CK), at_once)
+    monkeypatch.setattr("qkv_jax.ops.native_sparse.SCORES", 7 * B * N * M)
+    np.testing.assert_array_equal(jax.jit(lambda *x: choose(*x))(Q.astype("f"), CK), at_once)
 
 
-def test_rows_share_strides_with_blocks_as_in_equation_9():
-    for size, stride, block in ((4, 2, 6), (4, 4, 4), (6, 2, 2)):
-        pattern = Pattern(size, stride, block)
-        overlap = pattern.overlap(T)
-        expected = np.zeros_like(overlap)
-        for j, m, n in np.ndindex(overlap.shape[1], block // stride, size // stride):
-            if 0 <= (i := j * block // stride + m - n) < len(expected):
-                expected[i, j] += 1
-        np.testing.assert_array_equal(overlap, expected)
-        np.testing.assert_array_equal(
-            pattern.last_tokens(T), [i + size - 1 for i in range(0, T - size + 1, stride)]
-        )
-    np.testing.assert_array_equal(Pattern(4, 4, 4).overlap(T)[:, :-1], np.eye(5))
+@pytest.mark.parametrize(
+    ("size", "stride", "block"), [(4, 2, 6), (4, 4, 4), (6, 2, 2), (6, 3, 12), (5, 3, 4), (3, 2, 2)]
+)
+def test_rows_give_blocks_their_weight_per_shared_token(size, stride, block):
+    pattern, num_blocks = Pattern(size, stride, block), -(-T // block)
+    rows = [i + size - 1 for i in range(0, T - size + 1, stride)]
+    np.testing.assert_array_equal(pattern.last_tokens(T), rows)
+    weights = RANDOM.rand(5, len(rows)).astype("f")
+    expected = np.zeros((5, num_blocks))
+    for i, last in enumerate(rows):
+        for token in range(last - size + 1, last + 1):
+            expected[:, token // block] += weights[:, i] / stride
+    if size % stride == block % stride == 0:  # the paper's equation 9
+        by_strides = np.zeros((5, num_blocks))
+        for j, m, n in np.ndindex(num_blocks, block // stride, size // stride):
+            if 0 <= (i := j * block // stride + m - n) < len(rows):
+                by_strides[:, j] += weights[:, i]
+        assert_close(by_strides, expected)
+    assert_close(importance_of_blocks(weights, num_blocks, pattern), expected)
 
 
 @pytest.mark.parametrize("short", [0, 1024], ids=["tiles", "mask"])
@@ -150,11 +170,10 @@ def test_gradients_reach_every_argument_and_only_from_what_is_seen(short, monkey
 
 def test_gradients_are_those_of_the_three_attentions():
     def by_hand(q, k, v, ck, cv, gates):
-        chosen = blocks_by_importance(q, ck, pattern=PATTERN, scale=H**-0.5)
+        chosen = blocks_by_importance(q, ck, row_lse(q, ck), pattern=PATTERN, scale=H**-0.5)
         in_blocks = block_selection.selection_mask(chosen, num_heads=N, num_keys=T, block_size=6)
-        rows = masks.Dense(np.array([[i in rows_of(t) for i in range(M)] for t in range(T)]))
         branches = [
-            ops.attention(q, ck, cv, mask=rows),
+            ops.attention(q, ck, cv, mask=ROWS),
             ops.attention(q, k, v, mask=in_blocks & masks.Causal()),
             ops.attention(q, k, v, mask=masks.SlidingWindow(4)),
         ]
