@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.name = "char_lm"  # the run directory's default name: runs/<name>
     config.seed = 0  # parameters, batches and dropout all derive from it
 
+    config.task = "causal_lm"  # causal_lm: the next token | masked_lm: hidden ones, both sides seen
+
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
     data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
@@ -27,6 +29,7 @@ def get_config() -> ConfigDict:
     data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json, train none
     data.validation_fraction = 0.1  # the last part of the text, never trained on
     data.context = 128  # tokens a training window has
+    data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
 
     config.model = model = ConfigDict()
     model.num_layers = 4
@@ -86,6 +89,6 @@ def get_config() -> ConfigDict:
     train.cpu_devices = 1  # on a CPU: devices made of it, which share a batch
     train.compute_dtype = "float32"  # float32 | bfloat16; parameters stay float32
     train.remat = False  # recompute activations in the backward pass
-    train.sample_tokens = 400  # length of the sample at the end
+    train.sample_tokens = 400  # length of the sample at the end: text to write, or with blanks
     train.wandb = False  # also log to Weights & Biases, where it is installed
     return config

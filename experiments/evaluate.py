@@ -1,5 +1,7 @@
 """The loss of a trained run over its full validation text, or over any text.
 
+A model of masked tokens is evaluated on the same hidden tokens each time.
+
 python -m experiments.evaluate --workdir=runs/char_lm
 python -m experiments.evaluate --workdir=runs/char_lm --text=other.txt
 """
@@ -33,7 +35,8 @@ def main(_) -> None:
     )
     what = "all of" if TEXT.value is not None else "the validation part of"
     print(f"step {trained.step}, on {what} {text.corpus.source}: {len(text.validation):,} tokens\n")
-    print(report.scores_table(scores, text))
+    print(report.scores_table(trained.settings, scores, text))
+    print(f"\n{trained.settings.task.about_loss}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text from a trained run.
+"""Text from a trained run of a causal model.
 
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
 """
@@ -27,6 +27,11 @@ SEED = flags.DEFINE_integer(
 def main(_) -> None:
     with cli.one_sentence():
         trained = setup.load_run(WORKDIR.value)
+        if not trained.settings.task.continues_text:
+            raise ValueError(
+                f"workdir: {WORKDIR.value} holds a model of masked tokens, which fills in blanks "
+                "and cannot continue a text; its sample.txt shows what it can do"
+            )
         if not PROMPT.value:
             raise ValueError("prompt: wanted at least one character, got none")
         prompt = trained.tokenizer.encode(PROMPT.value).astype(np.int32)

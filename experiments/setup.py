@@ -12,8 +12,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import char_lm
+from experiments.tasks import TASKS, Task
 from qkv_jax import data, nn
-from qkv_jax.models import Decoder, DecoderConfig
+from qkv_jax.models.config import TransformerConfig
 from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
 from qkv_jax.training.run_directory import (
     RunDirectory,
@@ -35,12 +36,14 @@ class DataConfig:
     tokenizer_path: str | None
     validation_fraction: float
     context: int
+    mask_rate: float
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context"):
             check(f"data.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         fraction = self.validation_fraction
         check("data.validation_fraction", fraction, 0 < fraction < 1, "a number in (0, 1)")
+        check("data.mask_rate", self.mask_rate, 0 < self.mask_rate < 1, "a number in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +80,25 @@ class Settings:
 
     name: str
     seed: int
+    task: Task
     data: DataConfig
     model: dict[str, Any]
     optimizer: OptimizerConfig
     train: TrainConfig
 
-    def decoder(self, vocab_size: int) -> DecoderConfig:
-        """The model's config for a vocabulary of this size."""
-        return DecoderConfig(
-            vocab_size=vocab_size,
+    @property
+    def windows(self) -> dict[str, int]:
+        """What every random batch is drawn with."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.train.batch_size * self.optimizer.accumulate,
+            "context": self.data.context,
+        }
+
+    def model_config(self, vocab_size: int) -> TransformerConfig:
+        """The model's config for a tokenizer with so many ids."""
+        return self.task.config(
+            vocab_size=vocab_size + self.task.own_ids,
             context=self.data.context,
             dtype=self.train.compute_dtype,
             remat=self.train.remat,
@@ -113,15 +126,18 @@ def resolve(config: ConfigDict) -> Settings:
     is_plain = name == Path(name).name and name not in ("", "..")
     check("name", name, is_plain, "a name for a folder in runs")
     check("seed", values["seed"], 0 <= values["seed"] < 2**31, "an integer in [0, 2**31)")
+    task = values["task"]
+    check("task", task, task in TASKS, f"one of {sorted(TASKS)}")
     settings = Settings(
         name=values["name"],
         seed=values["seed"],
+        task=TASKS[task],
         data=DataConfig(**values["data"]),
         model=values["model"],
         optimizer=OptimizerConfig(**values["optimizer"]),
         train=TrainConfig(**values["train"]),
     )
-    settings.decoder(vocab_size=1)  # its checks do not depend on the vocabulary
+    settings.model_config(vocab_size=1)  # its checks do not depend on the vocabulary
     return settings
 
 
@@ -205,9 +221,10 @@ def keep_text(run: RunDirectory, text: Text) -> None:
     write_text_atomic(path, json.dumps(now, indent=2) + "\n")
 
 
-def make_model(config: DecoderConfig, seed: int) -> tuple[nnx.GraphDef, nn.Params]:
+def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:
     """The model's structure and its initial parameters, a function of the seed."""
-    return nn.split(Decoder(config, rngs=nnx.Rngs(seed)))
+    config = settings.model_config(vocab_size)
+    return nn.split(settings.task.model(config, rngs=nnx.Rngs(settings.seed)))
 
 
 def abstract_state(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
@@ -216,7 +233,7 @@ def abstract_state(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, T
 
     def create() -> TrainState:
         nonlocal graphdef
-        graphdef, params = make_model(settings.decoder(vocab_size), settings.seed)
+        graphdef, params = make_model(settings, vocab_size)
         optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
         return TrainState.create(params, optimizer)
 

@@ -1,6 +1,7 @@
 """Trains a language model, from text to report.
 
     python -m experiments.train
+    python -m experiments.train --config=configs/char_mlm.py
     python -m experiments.train --config=configs/names.py --config.train.num_steps=500
     python -m experiments.train --config.data.corpus=text_file --config.data.path=my.txt
 
@@ -17,7 +18,7 @@ from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import cli, report, setup
-from qkv_jax import data, nn, training
+from qkv_jax import nn, training
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.run_directory import RunDirectory, open_run
 from qkv_jax.training.writers import MetricWriter, read_metrics
@@ -35,18 +36,17 @@ def main(_) -> None:
         settings = setup.resolve(CONFIG.value)
         cli.use_cpu_devices(settings.train.cpu_devices)
         text = setup.load_text(settings.data)
-        decoder_config = settings.decoder(text.tokenizer.vocab_size)
+        graphdef, params = setup.make_model(settings, text.tokenizer.vocab_size)
         run = open_run(WORKDIR.value or f"runs/{settings.name}", CONFIG.value)
         setup.keep_text(run, text)
     print(f"text: {text.corpus.source}, {len(text.corpus.text):,} characters")
     print(f"run:  {run.path}")
 
-    # --- Model, optimizer, state ---
-    mesh = make_mesh(settings.train.batch_size * settings.optimizer.accumulate)
+    # --- Devices, optimizer, state ---
+    mesh = make_mesh(settings.windows["batch_size"])
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec("data"))  # [batch, ...]
     by_step_and_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # [steps, batch, ...]
-    graphdef, params = setup.make_model(decoder_config, settings.seed)
     optimizer = training.make_optimizer(settings.optimizer, settings.train.num_steps)
     state = jax.device_put(training.TrainState.create(params, optimizer), everywhere)
     train_steps = training.make_train_steps(
@@ -79,11 +79,7 @@ def main(_) -> None:
     schedule = training.make_schedule(
         settings.optimizer, settings.optimizer.learning_rate, settings.train.num_steps
     )
-    windows = {
-        "batch_size": settings.train.batch_size * settings.optimizer.accumulate,
-        "context": settings.data.context,
-    }
-    tokens_per_step = windows["batch_size"] * windows["context"]
+    tokens_per_step = settings.windows["batch_size"] * settings.windows["context"]
 
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
@@ -107,12 +103,7 @@ def main(_) -> None:
         progress.update(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
-        batches = (
-            data.random_windows(
-                text.validation, seed=settings.seed, step=i, stream=data.EVALUATION, **windows
-            )
-            for i in range(settings.train.eval_batches)
-        )
+        batches = settings.task.eval_batches(settings, text)
         placed = (jax.device_put(batch, by_row) for batch in batches)
         loss = training.mean_loss(eval_step, state.params, placed)
         writer.write(now, {"validation_loss": loss, "elapsed": elapsed()})
@@ -133,13 +124,7 @@ def main(_) -> None:
         stopping = False
         while step < settings.train.num_steps and not stopping:
             count = steps_to_boundary(step, settings.train)
-            batches = data.stacked_windows(
-                text.train,
-                seed=settings.seed,
-                step=step,
-                num_steps=settings.train.steps_per_dispatch,
-                **windows,
-            )
+            batches = settings.task.train_batches(settings, text, step)
             state, metrics = train_steps(state, jax.device_put(batches, by_step_and_row), count)
             if pending is not None:
                 record(*pending)

@@ -1,7 +1,35 @@
 """Language models, made from the modules of `qkv_jax.nn`."""
 
+from qkv_jax.models.convolutional import ConvSeq2Seq, ConvSeq2SeqConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig, state_size
+from qkv_jax.models.encoder import (
+    Classifier,
+    Encoder,
+    EncoderConfig,
+    MaskedLanguageModel,
+    SpanClassifier,
+)
+from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qkv_jax.models.maps import attention_maps
 from qkv_jax.models.mixers import MIXERS, Mixer
+from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 
-__all__ = ["MIXERS", "Decoder", "DecoderConfig", "Mixer", "attention_maps", "state_size"]
+__all__ = [
+    "MIXERS",
+    "Classifier",
+    "ConvSeq2Seq",
+    "ConvSeq2SeqConfig",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "MaskedLanguageModel",
+    "Mixer",
+    "RecurrentSeq2Seq",
+    "RecurrentSeq2SeqConfig",
+    "SpanClassifier",
+    "attention_maps",
+    "state_size",
+]

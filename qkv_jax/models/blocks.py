@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from flax.typing import Initializer
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig
-from qkv_jax.models.mixers import MIXERS
+from qkv_jax.models.mixers import HEADS, MIXERS
+from qkv_jax.nn.cross_block import CrossBlock
 from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.scores import Score
 
 KERNEL_INIT = nnx.initializers.normal(0.02)
 
@@ -65,21 +68,41 @@ def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForwa
     )  # fmt: skip
 
 
+def make_cross_attention(config: TransformerConfig, rngs: nnx.Rngs) -> nn.MultiHeadAttention:
+    """What reads the encoder's output: with the sizes of the mixers, but without positions."""
+    return nn.MultiHeadAttention(
+        config.width, config.num_heads, **{name: getattr(config, name) for name in HEADS},
+        use_bias=config.use_bias, qk_norm=config.qk_norm, dropout_rate=config.dropout_rate,
+        kernel_init=KERNEL_INIT, out_init=out_init(config), dtype=config.dtype, rngs=rngs,
+    )  # fmt: skip
+
+
 def make_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List:
-    """One block for each layer, with the mixer that `config.mixer` names."""
-    return nnx.List(
-        nn.TransformerBlock(
+    """One block for each layer, with the mixer that `config.mixer` names.
+
+    Where the config says `cross_attention`, a block also attends to a context.
+    """
+
+    def block(layer: int, name: str) -> nn.TransformerBlock | CrossBlock:
+        branches = [
             MIXERS[name].make(
                 config, layer, kernel_init=KERNEL_INIT, out_init=out_init(config),
                 dtype=config.dtype, rngs=rngs,
-            ),
+            )
+        ]  # fmt: skip
+        kind = nn.TransformerBlock
+        if getattr(config, "cross_attention", False):
+            kind = CrossBlock
+            branches.append(make_cross_attention(config, rngs))
+        return kind(
+            *branches,
             make_feed_forward(config, rngs),
             norm=make_norm(config, rngs),
             norm_position=config.norm_position,
             dropout_rate=config.dropout_rate,
         )
-        for layer, name in enumerate(config.mixers)
-    )  # fmt: skip
+
+    return nnx.List(block(layer, name) for layer, name in enumerate(config.mixers))
 
 
 def dropout_rngs(config: TransformerConfig, rng: jax.Array | None, number: int) -> list:
@@ -91,23 +114,64 @@ def dropout_rngs(config: TransformerConfig, rng: jax.Array | None, number: int) 
 
 def apply_blocks(
     config: TransformerConfig,
-    blocks: Sequence[nn.TransformerBlock],
+    blocks: Sequence[nn.TransformerBlock | CrossBlock],
     x: jax.Array,
     *,
     mask: Mask | None,
     positions: jax.Array | None,
     rngs: Sequence[jax.Array | None],
+    score: Score | None = None,
+    **shared: Any,
 ) -> jax.Array:
-    """The residual stream [B, T, D] after all blocks."""
+    """The residual stream [B, T, D] after all blocks.
+
+    `score` is for the mixers that are attention, as rotary positions are: the others know order by
+    themselves. `shared` is what else every block takes, such as a context.
+    """
     first_values = None  # those of the first layer that hands its values down
     for block, rng in zip(blocks, rngs, strict=True):
-        kwargs = {}
+        kwargs = dict(shared)
+        if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
+            kwargs["score"] = score
         if hasattr(block.mixer, "values"):
             kwargs["first_values"] = first_values
             if first_values is None:  # the block computes them too, and the compiler shares them
-                first_values = block.mixer.values(block.mixer_norm(x))
+                seen = block.mixer_norm(x) if config.norm_position == "pre" else x
+                first_values = block.mixer.values(seen)
         apply = functools.partial(block, mask=mask, positions=positions, **kwargs)
         if config.remat:
             apply = jax.checkpoint(apply)
         x = apply(x, rng=rng)
     return x
+
+
+def make_head(config: TransformerConfig, rngs: nnx.Rngs) -> nn.Linear | None:
+    """What makes logits of the residual stream; None where the token embedding does."""
+    if config.tie_embeddings:
+        return None
+    return nn.Linear(
+        config.width, config.vocab_size, use_bias=False,
+        kernel_init=nnx.initializers.zeros if config.zero_init_outputs else KERNEL_INIT,
+        dtype=config.dtype, rngs=rngs,
+    )  # fmt: skip
+
+
+def vocabulary_logits(
+    config: TransformerConfig,
+    x: jax.Array,
+    embedding: nnx.Embed,
+    head: nn.Linear | None,
+    bias: nnx.Param | None = None,
+) -> jax.Array:
+    """The logits, float32 [B, T, V], of x [B, T, D]; without a head, by the embedding."""
+    if head is None:
+        kernel = embedding.embedding[...].astype(x.dtype).T
+        logits = nn.linear.flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    else:
+        logits = head(x)
+    logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits += bias[...]
+    if cap := config.logit_softcap:
+        logits = cap * jnp.tanh(logits / cap)
+    return logits

@@ -11,6 +11,7 @@ from configs import char_lm
 from experiments import cli, setup
 from qkv_jax import nn, training
 from qkv_jax.data import CharTokenizer
+from qkv_jax.models import Decoder, MaskedLanguageModel
 from qkv_jax.training.run_directory import open_run
 from tests.experiments.runs import assert_one_sentence, files_of, saved_steps
 
@@ -88,6 +89,11 @@ WRONG_FIELDS = [
     ({"data.validation_fraction": 1.0}, ["config.data.validation_fraction", "1.0"]),
     ({"data.validation_fraction": -0.1}, ["config.data.validation_fraction", "-0.1"]),
     ({"data.validation_fraction": float("nan")}, ["config.data.validation_fraction", "nan"]),
+    ({"data.mask_rate": 0.0}, ["config.data.mask_rate", "(0, 1)", "0.0"]),
+    ({"data.mask_rate": 1.0}, ["config.data.mask_rate", "(0, 1)", "1.0"]),
+    ({"task": "mlm"}, ["config.task", "causal_lm", "masked_lm", "got 'mlm'"]),
+    ({"model.mixer": "linformer"}, ["model.mixer", "'linformer'", "no decoder can use it"]),
+    ({"task": "masked_lm", "model.mixer": "lstm"}, ["model.mixer", "'lstm'", "no encoder can"]),
     ({"seed": -1}, ["config.seed", "got -1"]),
     ({"name": ""}, ["config.name", "got ''"]),
     ({"name": "../elsewhere"}, ["config.name", "'../elsewhere'"]),
@@ -156,9 +162,17 @@ def test_a_wrong_command_line_ends_in_one_sentence(scripts, tmp_path, flags, wor
     assert done.stdout == "" and not (tmp_path / "run").exists()
 
 
-def test_a_wrong_field_leaves_no_directory_behind(scripts, tmp_path):
-    done = scripts.train(tmp_path / "run", "optimizer.learning_rate=nan")
-    assert_one_sentence(done, "config.optimizer.learning_rate", "nan")
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (["optimizer.learning_rate=nan"], ["config.optimizer.learning_rate", "nan"]),
+        # What the config lets pass and the module does not:
+        (["model.mixer=differential", "model.num_kv_heads=1"], ["num_kv_heads", "pairs", "got 1"]),
+    ],
+)
+def test_a_wrong_field_leaves_no_directory_behind(scripts, tmp_path, fields, words):
+    done = scripts.train(tmp_path / "run", *fields)
+    assert_one_sentence(done, *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -185,7 +199,7 @@ def test_everything_works_in_plain_python_without_flags(corpus):
     )
     assert text.validation_characters == len(text.validation)
     vocab_size = text.tokenizer.vocab_size
-    graphdef, params = setup.make_model(settings.decoder(vocab_size), settings.seed)
+    graphdef, params = setup.make_model(settings, vocab_size)
     logits = nn.merge(graphdef, params)(text.train[None, :13].astype(np.int32))
     assert logits.shape == (1, 13, vocab_size)
     assert text.floors["bigram"] < text.floors["unigram"] < text.floors["uniform"]
@@ -198,10 +212,25 @@ def test_everything_works_in_plain_python_without_flags(corpus):
     assert described[0] == described[1]
 
 
+def test_the_task_decides_the_model_which_knows_one_id_more_where_tokens_are_masked(corpus):
+    def model_of(task):
+        settings = setup.resolve(make_config(corpus, SMALL | {"task": task}))
+        graphdef, state = setup.abstract_state(settings, vocab_size=11)
+        return settings, nn.merge(graphdef, state.params)
+
+    settings, causal = model_of("causal_lm")
+    assert isinstance(causal, Decoder) and causal.config.vocab_size == 11
+    _, masked = model_of("masked_lm")
+    assert isinstance(masked, MaskedLanguageModel) and masked.config.vocab_size == 12
+    for config in (causal.config, masked.config):
+        assert config.context == settings.data.context == 13
+        assert {name: getattr(config, name) for name in settings.model} == settings.model
+
+
 def test_the_seed_makes_the_parameters(corpus):
     def parameters(seed):
-        settings = setup.resolve(make_config(corpus, SMALL))
-        return jax.tree.leaves(setup.make_model(settings.decoder(11), seed)[1])
+        settings = setup.resolve(make_config(corpus, SMALL | {"seed": seed}))
+        return jax.tree.leaves(setup.make_model(settings, 11)[1])
 
     same = [np.array_equal(a, b) for a, b in zip(parameters(3), parameters(3), strict=True)]
     other = [np.array_equal(a, b) for a, b in zip(parameters(3), parameters(4), strict=True)]

@@ -1,0 +1,16 @@
+"""A model that fills in hidden characters, of the text that every machine has.
+
+make train ARGS="--config=configs/char_mlm.py"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import char_lm
+
+
+def get_config() -> ConfigDict:
+    config = char_lm.get_config()
+    config.name = "char_mlm"
+    config.task = "masked_lm"
+    config.train.num_steps = 1200
+    return config

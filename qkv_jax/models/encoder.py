@@ -1,0 +1,207 @@
+"""BERT: an encoder whose tokens all see one another, and three heads for it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkv_jax import nn
+from qkv_jax.models.blocks import (
+    KERNEL_INIT,
+    add_positions,
+    apply_blocks,
+    dropout_rngs,
+    make_blocks,
+    make_head,
+    make_norm,
+    make_positions,
+    vocabulary_logits,
+)
+from qkv_jax.models.config import TransformerConfig
+from qkv_jax.models.mixers import check_mixers
+from qkv_jax.ops.masks import Lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(TransformerConfig):
+    """Everything that determines an encoder and its heads; the defaults are BERT's choices.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+
+    norm_position: str = "post"
+    num_segments: int = 2  # kinds of token that have an embedding: sentence A, sentence B
+    num_classes: int = 2  # of `Classifier`
+
+    causal = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_segments", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"model.{name}: wanted a positive integer, got {getattr(self, name)}"
+                )
+        check_mixers(self)
+
+
+class Encoder(nnx.Module):
+    """Token ids in, one vector for each token out, which knows all of the others.
+
+        x = norm(token + segment + position);  x = block(x), L times
+
+    Devlin et al. 2018, arxiv.org/abs/1810.04805. With norm_position "pre", the blocks' last sum is
+    normed too. A bidirectional mixer takes the place of attention by `config.mixer`.
+
+    Args:
+      config: the sizes and the choices. BERT's norms have an epsilon of 1e-12, these of 1e-5.
+      rngs: where the initial parameters come from, as in `Decoder`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+
+        def embed(number: int) -> nnx.Embed:
+            return nnx.Embed(
+                number, config.width, embedding_init=KERNEL_INIT, dtype=config.dtype, rngs=rngs
+            )
+
+        self.embedding = embed(config.vocab_size)
+        self.segments = embed(config.num_segments)
+        self.positions = make_positions(config, rngs)
+        self.embedding_norm = make_norm(config, rngs)()
+        self.blocks = make_blocks(config, rngs)
+        self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The hidden states.
+
+        Args:
+          tokens: integers [B, T] in [0, V).
+          segments: integers [B, T] in [0, num_segments); None: all 0.
+          lengths: tokens of each row that are no padding, integers [B]; None: all of them.
+          rng: a key; without it there is no dropout.
+
+        Returns:
+          [B, T, D]; what stands at padded places means nothing.
+        """
+        config = self.config
+        *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
+        x = apply_blocks(
+            config, self.blocks,
+            nn.dropout(self.embed(tokens, segments), config.dropout_rate, first),
+            mask=None if lengths is None else Lengths(lengths), positions=None, rngs=rngs,
+        )  # fmt: skip
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def embed(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """The first residual stream, [B, T, D]."""
+        segments = jnp.zeros_like(tokens) if segments is None else segments
+        x = add_positions(self.config, self.positions, self.embedding(tokens), None)
+        return self.embedding_norm(x + self.segments(segments))
+
+
+class MaskedLanguageModel(nnx.Module):
+    """The logits of the tokens behind the masks: `norm(act(x W + b)) E^T + c`, E the embedding.
+
+    Args:
+      config, rngs: those of the encoder. The head's activation is the config's ("swiglu": silu);
+        without `tie_embeddings` it has an output matrix of its own.
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.dense = _linear(config, config.width, rngs)
+        self.norm = make_norm(config, rngs)()
+        self.head = make_head(config, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size)) if config.use_bias else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits of the token at every place, float32 [B, T, V]; arguments as in `Encoder`."""
+        x = self.encoder(tokens, segments=segments, lengths=lengths, rng=rng)
+        x = self.norm(nn.ACTIVATIONS[self.config.activation](self.dense(x)))
+        return vocabulary_logits(self.config, x, self.encoder.embedding, self.head, self.bias)
+
+
+class Classifier(nnx.Module):
+    """The class of a whole text: `tanh(x[0] W + b) U + c`, from the first token's vector.
+
+    Args:
+      config, rngs: those of the encoder, whose place a pretrained one may take: `.encoder = ...`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.pooler = _linear(config, config.width, rngs)
+        self.head = _linear(config, config.num_classes, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The classes' logits, float32 [B, num_classes]; arguments as in `Encoder`."""
+        encoder_rng, last = (None, None) if rng is None else jax.random.split(rng)
+        x = self.encoder(tokens, segments=segments, lengths=lengths, rng=encoder_rng)
+        pooled = nn.dropout(jnp.tanh(self.pooler(x[:, 0])), self.config.dropout_rate, last)
+        return self.head(pooled).astype(jnp.float32)
+
+
+class SpanClassifier(nnx.Module):
+    """Where a span of the text begins and where it ends, such as the answer to a question.
+
+    Args:
+      config, rngs: those of the encoder, whose place a pretrained one may take: `.encoder = ...`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.head = _linear(config, 2, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The logits of starts and of ends, each float32 [B, T]; arguments as in `Encoder`.
+
+        They are -inf at padded places, so that softmax gives these nothing.
+        """
+        x = self.encoder(tokens, segments=segments, lengths=lengths, rng=rng)
+        logits = self.head(x).astype(jnp.float32)
+        if lengths is not None:
+            real = jnp.arange(tokens.shape[1]) < jnp.reshape(jnp.asarray(lengths), (-1, 1))
+            logits = jnp.where(real[..., None], logits, -jnp.inf)
+        return logits[..., 0], logits[..., 1]
+
+
+def _linear(config: EncoderConfig, outputs: int, rngs: nnx.Rngs) -> nn.Linear:
+    return nn.Linear(
+        config.width, outputs, use_bias=config.use_bias, kernel_init=KERNEL_INIT,
+        dtype=config.dtype, rngs=rngs,
+    )  # fmt: skip

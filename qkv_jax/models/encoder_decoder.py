@@ -1,0 +1,235 @@
+"""An encoder-decoder of Transformer blocks: Vaswani's, T5, and what lies between, by config."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from qkv_jax import nn
+from qkv_jax.models.blocks import (
+    KERNEL_INIT,
+    add_positions,
+    apply_blocks,
+    dropout_rngs,
+    make_blocks,
+    make_norm,
+    make_positions,
+)
+from qkv_jax.models.config import POSITIONS, TransformerConfig, one_of
+from qkv_jax.models.decoder import Decoder, DecoderConfig
+from qkv_jax.models.mixers import HEADS, MIXERS, SETTINGS, check_mixers
+from qkv_jax.ops.masks import Causal, Lengths
+from qkv_jax.ops.scores import RelativeBias
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig(TransformerConfig):
+    """Everything that determines an encoder-decoder: two stacks of `num_layers` blocks.
+
+    The fields of `TransformerConfig` hold for both stacks, except `mixer`, which is the decoder's.
+    `position` may also be "relative": T5's bias of the logits, one table for a stack.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+
+    source_vocab_size: int | None = None  # None: source and target share vocabulary and embeddings
+    encoder_mixer: str = "attention"
+    relative_buckets: int = 32
+    relative_distance: int = 128  # from here on, all keys share the last bucket
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        one_of("position", self.position, (*POSITIONS, "relative"))
+        _ = self.decoder  # checks what all Transformers have
+        if self.source_vocab_size is not None and self.source_vocab_size < 1:
+            raise ValueError(
+                "model.source_vocab_size: wanted a positive integer or None, "
+                f"got {self.source_vocab_size}"
+            )
+        if self.relative_buckets < 4 or self.relative_buckets % 2:
+            raise ValueError(
+                f"model.relative_buckets: wanted an even number >= 4, got {self.relative_buckets}"
+            )
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                "model.relative_distance: wanted more than model.relative_buckets / 2 = "
+                f"{self.relative_buckets // 2}, got {self.relative_distance}"
+            )
+        self._check_mixers()
+
+    def _check_mixers(self) -> None:
+        sizes = {"vocab_size": 1, "context": 1, "num_layers": self.num_layers}
+        try:
+            encoder = _Source(**sizes, mixer=self.encoder_mixer)
+            check_mixers(encoder)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.mixer", "model.encoder_mixer")) from None
+        # What the encoder or the cross-attention reads, no mixer of the decoder needs to read.
+        read = {*HEADS, *(field for name in encoder.pattern for field in MIXERS[name].reads)}
+        rest = {field: getattr(self, field) for field in SETTINGS if field not in read}
+        DecoderConfig(**sizes, mixer=self.mixer, **rest)
+
+    @property
+    def encoder(self) -> TransformerConfig:
+        """The config of the encoder's stack."""
+        return _Source(**self._stack(), mixer=self.encoder_mixer)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The config of the decoder."""
+        return _Target(**self._stack(), mixer=self.mixer)
+
+    def _stack(self) -> dict:
+        names = [field.name for field in dataclasses.fields(TransformerConfig)]
+        fields = {name: getattr(self, name) for name in names if name != "mixer"}
+        if self.position == "relative":  # a score, and none of the stack's embeddings
+            fields["position"] = "none"
+        return fields
+
+
+class _Source(TransformerConfig):
+    causal = False
+
+
+class _Target(DecoderConfig):
+    causal = True
+    cross_attention = True
+
+    def __post_init__(self) -> None:
+        TransformerConfig.__post_init__(self)  # the mixers are checked with those of the encoder
+
+
+class EncoderDecoder(nnx.Module):
+    """Source and target ids in, logits of the next target tokens out.
+
+        memory = encoder(source)                          every token sees all of the source
+        logits = decoder(target_in, memory)               and here itself, what came before, memory
+
+    A block of the encoder is `nn.TransformerBlock`, one of the decoder `CrossBlock`. Vaswani et al.
+    2017, arxiv.org/abs/1706.03762: position "sinusoidal", norm_position "post". T5, Raffel et al.
+    2020, arxiv.org/abs/1910.10683: position "relative", norm "rms", no biases; it leaves out the
+    scale 1 / sqrt(H), which its initial query weights contain.
+
+    Args:
+      config: the sizes and the choices.
+      rngs: where the initial parameters come from, as in `Decoder`.
+
+    Raises:
+      ValueError: for relative positions in a stack without attention.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+        self.embedding = self.decoder.embedding
+        if config.source_vocab_size is not None:
+            self.embedding = nnx.Embed(
+                config.source_vocab_size, config.width, embedding_init=KERNEL_INIT,
+                dtype=config.dtype, rngs=rngs,
+            )  # fmt: skip
+        self.positions = make_positions(config.encoder, rngs)
+        self.blocks = make_blocks(config.encoder, rngs)
+        self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
+        self.bias = _relative_table(config, "encoder_mixer", self.blocks, rngs)
+        self.decoder_bias = _relative_table(config, "mixer", self.decoder.blocks, rngs)
+
+    def __call__(
+        self,
+        source: jax.Array,
+        target_in: jax.Array,
+        *,
+        source_lengths: int | jax.Array | None = None,
+        target_lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits of the next target token, at every place.
+
+        Args:
+          source: integers [B, S].
+          target_in: integers [B, T]: the target, moved on by one.
+          source_lengths, target_lengths: of the rows, integers [B]; None: no row is padded.
+          rng: a key; without it there is no dropout.
+
+        Returns:
+          float32 [B, T, V].
+        """
+        encoder_rng, decoder_rng = (None, None) if rng is None else jax.random.split(rng)
+        memory = self.encode(source, source_lengths=source_lengths, rng=encoder_rng)
+        return self.decode(
+            target_in, memory, source_lengths=source_lengths, target_lengths=target_lengths,
+            rng=decoder_rng,
+        )  # fmt: skip
+
+    def encode(
+        self,
+        source: jax.Array,
+        *,
+        source_lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The memory, [B, S, D], that `decode` reads."""
+        config = self.config.encoder
+        *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
+        x = add_positions(config, self.positions, self.embedding(source), None)
+        x = apply_blocks(
+            config, self.blocks, nn.dropout(x, config.dropout_rate, first),
+            mask=None if source_lengths is None else Lengths(source_lengths),
+            positions=None, rngs=rngs, score=self._score(self.bias, bidirectional=True),
+        )  # fmt: skip
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def decode(
+        self,
+        target_in: jax.Array,
+        memory: jax.Array,
+        *,
+        source_lengths: int | jax.Array | None = None,
+        target_lengths: int | jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits, float32 [B, T, V], from what `encode` returned; the rest as in a call."""
+        config = self.decoder.config
+        *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
+        x = nn.dropout(self.decoder.embed(target_in), config.dropout_rate, first)
+        x = apply_blocks(
+            config, self.decoder.blocks, x,
+            mask=Causal() if target_lengths is None else Causal() & Lengths(target_lengths),
+            positions=None, rngs=rngs, score=self._score(self.decoder_bias, bidirectional=False),
+            context=memory,
+            context_mask=None if source_lengths is None else Lengths(source_lengths),
+        )  # fmt: skip
+        return self.decoder.logits(x)
+
+    def state_size(self, length: int, source_length: int) -> int:
+        """How many numbers decoding one more token needs per sequence: the mixers', the memory's.
+
+        Args:
+          length: how many target tokens came before.
+          source_length: how many tokens the cross-attention reads.
+        """
+        crosses = [block.cross.mixer for block in self.decoder.blocks]
+        return self.decoder.state_size(length) + sum(
+            cross.state_size(source_length) for cross in crosses
+        )
+
+    def _score(self, table: nnx.Param | None, *, bidirectional: bool) -> RelativeBias | None:
+        if table is None:
+            return None
+        distance = self.config.relative_distance
+        return RelativeBias(table[...], bidirectional=bidirectional, max_distance=distance)
+
+
+def _relative_table(
+    config: EncoderDecoderConfig, field: str, blocks: nnx.List, rngs: nnx.Rngs
+) -> nnx.Param | None:
+    if config.position != "relative":
+        return None
+    if not any(isinstance(block.mixer, nn.MultiHeadAttention) for block in blocks):
+        raise ValueError(
+            "model.position: relative positions are a bias of attention's logits, and no layer of "
+            f"model.{field} = {getattr(config, field)!r} is attention"
+        )
+    shape = (config.relative_buckets, config.num_heads)
+    return nnx.Param(KERNEL_INIT(rngs.params(), shape))

@@ -1,0 +1,72 @@
+"""The block of a decoder that also attends to an encoder's output."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qkv_jax.nn.block import TransformerBlock, dropout
+from qkv_jax.ops.masks import Mask
+
+
+class CrossBlock(nnx.Module):
+    """Three residual branches: a mixer of its own tokens, attention to a context, a feed-forward.
+
+        x = x + mix(norm(x))                              norm(x + mix(x)) with "post"
+        x = TransformerBlock(cross, feed_forward)(x)      whose mixer reads the context
+
+    The decoder's block of Vaswani et al. 2017, arxiv.org/abs/1706.03762.
+
+    Args:
+      mixer: a module that mixes tokens, called as `mixer(x, rng=rng, **kwargs)`.
+      cross: a module that reads a context, such as `MultiHeadAttention`, called as
+        `cross(x, context=context, mask=context_mask, rng=rng)`.
+      feed_forward: a module [B, T, D] -> [B, T, D].
+      norm: makes a norm; called three times.
+      norm_position: "pre" or "post", as in `TransformerBlock`.
+      dropout_rate: of each branch's output, where a call passes `rng`.
+    """
+
+    def __init__(
+        self,
+        mixer: nnx.Module,
+        cross: nnx.Module,
+        feed_forward: nnx.Module,
+        *,
+        norm: Callable[[], nnx.Module],
+        norm_position: str = "pre",
+        dropout_rate: float = 0.0,
+    ):
+        self.mixer = mixer
+        self.mixer_norm = norm()
+        self.cross = TransformerBlock(
+            cross, feed_forward, norm=norm, norm_position=norm_position, dropout_rate=dropout_rate
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        context: jax.Array,
+        context_mask: Mask | None = None,
+        rng: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D].
+
+        Args:
+          x: [B, T, D].
+          context: [B, S, ...], what `cross` reads.
+          context_mask: which of it.
+          rng: a key; without it there is no dropout.
+          **kwargs: of the mixer: mask, positions, ...
+        """
+        mix_rng, drop_rng, cross_rng = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+
+        def mix(x: jax.Array) -> jax.Array:
+            return dropout(self.mixer(x, rng=mix_rng, **kwargs), self.cross.dropout_rate, drop_rng)
+
+        pre = self.cross.norm_position == "pre"
+        x = x + mix(self.mixer_norm(x)) if pre else self.mixer_norm(x + mix(x))
+        return self.cross(x, context=context, mask=context_mask, rng=cross_rng)
