@@ -11,7 +11,7 @@ Queries are `[B, T, N, H]`, keys `[B, S, K, H]`, values `[B, S, K, h]`; what `at
 `[B, T, N, h]`.
 """
 
-from qkv_jax.ops import basic, masks, positions, scores, sparse
+from qkv_jax.ops import basic, features, masks, positions, scores, sparse
 from qkv_jax.ops.additive import additive_attention, local_attention
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
@@ -19,10 +19,18 @@ from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.convolution import causal_convolution, centred_convolution, long_convolution
 from qkv_jax.ops.cope import cope_attention
 from qkv_jax.ops.cosine import cosine_attention
+from qkv_jax.ops.delta import delta_rule, delta_rule_parallel, delta_rule_step
 from qkv_jax.ops.explain import Explanation, explain
+from qkv_jax.ops.features import LinearAttention, Performer, kernel_attention, performer_attention
 from qkv_jax.ops.forgetting import forgetting_attention
 from qkv_jax.ops.heads import differential_attention, talking_heads_attention
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
+from qkv_jax.ops.linear import (
+    linear_attention,
+    linear_attention_bidirectional,
+    linear_attention_parallel,
+    linear_attention_step,
+)
 from qkv_jax.ops.lowrank import Nystrom, linformer_attention, nystrom_attention
 from qkv_jax.ops.memory import memory_attention, retrieve
 from qkv_jax.ops.moba import MoBA, moba_attention
@@ -43,8 +51,10 @@ __all__ = [
     "Blockwise",
     "Entmax",
     "Explanation",
+    "LinearAttention",
     "MoBA",
     "Nystrom",
+    "Performer",
     "Sigmoid",
     "Stats",
     "TopK",
@@ -58,12 +68,21 @@ __all__ = [
     "centred_convolution",
     "cope_attention",
     "cosine_attention",
+    "delta_rule",
+    "delta_rule_parallel",
+    "delta_rule_step",
     "differential_attention",
     "entmax",
     "entmax_attention",
     "explain",
+    "features",
     "forgetting_attention",
+    "kernel_attention",
     "latent_attention",
+    "linear_attention",
+    "linear_attention_bidirectional",
+    "linear_attention_parallel",
+    "linear_attention_step",
     "linformer_attention",
     "local_attention",
     "long_convolution",
@@ -74,6 +93,7 @@ __all__ = [
     "native_sparse_attention",
     "nystrom_attention",
     "off_by_one_attention",
+    "performer_attention",
     "positions",
     "retrieve",
     "scores",
