@@ -1,6 +1,10 @@
 """A model that fills in hidden characters, of the text that every machine has.
 
-make train ARGS="--config=configs/char_mlm.py"
+    make train ARGS="--config=configs/char_mlm.py"
+    make train ARGS="--config=configs/char_mlm.py --config.model.mixer=nystrom"
+
+The model of `char_lm.py`, whose tokens here see both sides: BERT's masked tokens, 15 % of each
+window. It also takes the mixers that no decoder can use, such as linformer and nystrom.
 """
 
 from ml_collections import ConfigDict
