@@ -27,6 +27,7 @@ from experiments.benchmark_growth_picture import apart, picture
 from experiments.benchmark_mechanisms import Results
 from experiments.benchmark_table import Ratio, Row
 from qkv_jax.models import MIXERS
+from qkv_jax.models.mixers import HEADS, SETTINGS
 
 SIZES = dataclasses.replace(QUICK, lengths=(16, 32, 64, 128), start=32)
 
@@ -61,13 +62,11 @@ def test_every_mixer_has_a_family_and_what_claims_to_be_linear_exists():
     assert Growth("unheard_of").family == "other"
 
 
-def test_all_settings_are_those_of_a_config_and_lengths_double():
-    for sizes in (FULL, QUICK):
-        assert set(sizes.settings) == {
-            name for mixer in MIXERS.values() for name in mixer.reads
-        } - {"num_kv_heads", "head_dim", "share_kv", "share_qk"} | {"num_features", "chunk_size"}
-        assert sizes.start in sizes.lengths
-        assert all(b == 2 * a for a, b in zip(sizes.lengths, sizes.lengths[1:], strict=False))
+@pytest.mark.parametrize("sizes", [FULL, QUICK])
+def test_all_settings_are_stated_and_lengths_double(sizes):
+    assert set(sizes.settings) == set(SETTINGS) - set(HEADS)
+    assert sizes.start in sizes.lengths
+    assert all(b == 2 * a for a, b in zip(sizes.lengths, sizes.lengths[1:], strict=False))
 
 
 def test_a_slope_is_fitted_from_the_start_alone():
