@@ -91,7 +91,7 @@ def make_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List:
             )
         ]  # fmt: skip
         kind = nn.TransformerBlock
-        if getattr(config, "cross_attention", False):
+        if config.cross_attention:
             kind = CrossBlock
             branches.append(make_cross_attention(config, rngs))
         return kind(

@@ -54,6 +54,7 @@ class TransformerConfig:
     remat: bool = False
 
     causal: ClassVar[bool]  # whether a token sees itself and earlier ones only
+    cross_attention: ClassVar[bool] = False  # whether blocks also attend to a context
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",

@@ -176,5 +176,6 @@ class ChunkEnds(Mask):
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises a ValueError that names the argument, unless it is an integer of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: wanted an integer of at least {least}, got {value!r}")
