@@ -138,7 +138,7 @@ def native_sparse_attention(
         q_positions=np.arange(T), kv_positions=ends, **dropped[0],
     )  # fmt: skip
     chosen = blocks_by_importance(
-        args.q, compressed_k, stats.lse, pattern=pattern, scale=args.scale
+        args.q, compressed_k, stats.lse, pattern=pattern, scale=args.scale, lengths=lengths
     )
     selected = attend_chosen(
         dataclasses.replace(args, **dropped[1]), chosen, block_size=pattern.block_size,
@@ -154,7 +154,13 @@ def native_sparse_attention(
 
 
 def blocks_by_importance(
-    q: jax.Array, compressed_k: Array, lse: jax.Array, *, pattern: Pattern, scale: float | Array
+    q: jax.Array,
+    compressed_k: Array,
+    lse: jax.Array,
+    *,
+    pattern: Pattern,
+    scale: float | Array,
+    lengths: int | Array | None = None,
 ) -> jax.Array:
     """NSA's choice: int32 [B, T, K, num_selected], -1 where there are fewer blocks.
 
@@ -162,10 +168,12 @@ def blocks_by_importance(
       q, compressed_k, scale: of the first branch.
       lse: [B, N, T], its log-sum-exp, which makes weights of logits.
       pattern: says which rows and blocks there are.
+      lengths: an integer or integers [B]; rows that are not of real tokens alone do not count.
     """
     B, T, N, H = q.shape
     M, K = compressed_k.shape[1:3]
     ends = pattern.last_tokens(T)
+    real = ends < jnp.asarray(T if lengths is None else lengths).reshape(-1, 1, 1, 1, 1)
     keys = jnp.asarray(compressed_k, lse.dtype)
     blocks = np.arange(-(-T // pattern.block_size))
 
@@ -175,7 +183,7 @@ def blocks_by_importance(
         query = (start + np.arange(size))[:, None]
         logits = jnp.einsum("BTKGH,BmKH->BKGTm", rows.reshape(B, size, K, N // K, H), keys)
         logits = logits * jnp.asarray(scale, lse.dtype) - total.reshape(B, K, N // K, size, 1)
-        weights = jnp.where(ends <= query, jnp.exp(logits), 0).sum(2)
+        weights = jnp.where((ends <= query) & real, jnp.exp(logits), 0).sum(2)
         importance = importance_of_blocks(jnp.swapaxes(weights, 1, 2), len(blocks), pattern)
         own = query[:, None] // pattern.block_size
         given = (blocks < pattern.num_initial) | (blocks > own - pattern.num_local)

@@ -189,16 +189,31 @@ def test_gradients_are_those_of_the_three_attentions():
 
 
 def test_padding_changes_nothing():
+    """What padding holds reaches no output, not even those at padded places."""
     real = (np.arange(T) < LENGTHS[:, None])[..., None, None]
     whole = (PATTERN.last_tokens(T) < LENGTHS[:, None])[..., None, None]
-    q, k, v = (np.where(real, x, 99.0) for x in (Q, KEYS, V))
-    ck, cv = (np.where(whole, x, 99.0) for x in (CK, CV))
-    mask = masks.Causal() & masks.Lengths(LENGTHS)
+    mask, outs = masks.Causal() & masks.Lengths(LENGTHS), []
+    padded = compiled(functools.partial(attend, mask=mask))
     with jax.enable_x64(True):
-        out = compiled(functools.partial(attend, mask=mask))(q, k, v, ck, cv, GATES)
-        expected = (GATES[..., None] * loop()).sum(3)
-        assert_close(out[real[..., 0, 0]], expected[real[..., 0, 0]])
-        assert np.isfinite(out).all()
+        for fill in (9.0, -30.0 * RANDOM.randn(H)):
+            k, v = (
+                np.where(real, KEYS, fill),
+                np.where(real, V, fill[:h] if np.ndim(fill) else fill),
+            )
+            ck, cv = np.where(whole, CK, fill), np.where(whole, CV, 9.0)
+            outs.append(padded(Q, k, v, ck, cv, GATES))
+        assert_close(outs[0], outs[1])
+        rows = real[..., 0, 0]
+        assert_close(outs[0][rows], (GATES[..., None] * loop()).sum(3)[rows])
+
+
+def test_a_row_counts_for_the_query_at_its_last_token():
+    pattern = Pattern(4, 2, 2, num_selected=2, num_initial=0, num_local=1)
+    q, ck = np.ones((1, 8, 1, 1), "f"), np.array([1, 0, 3], "f").reshape(1, 3, 1, 1)
+    lse = np.zeros((1, 1, 8), "f")
+    chosen = blocks_by_importance(q, ck, lse, pattern=pattern, scale=1.0)
+    # Rows are blocks 0-1, 1-2 and 2-3, and the last token of row 2 is 7.
+    np.testing.assert_array_equal(chosen[0, 6:, 0], [[3, 1], [3, 2]])
 
 
 def test_a_sequence_shorter_than_a_row_has_no_first_branch():
