@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax import nn, ops
@@ -13,8 +12,10 @@ from qkv_jax.models.blocks import (
     apply_blocks,
     dropout_rngs,
     make_blocks,
+    make_head,
     make_norm,
     make_positions,
+    vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import check_mixers
@@ -54,7 +55,7 @@ class Decoder(nnx.Module):
         self.positions = make_positions(config, rngs)
         self.blocks = make_blocks(config, rngs)
         self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
-        self.head = _head(config, rngs)
+        self.head = make_head(config, rngs)
 
     def __call__(
         self,
@@ -94,25 +95,7 @@ class Decoder(nnx.Module):
         """The logits, float32 [B, T, V], of the last residual stream [B, T, D]."""
         if self.final_norm is not None:
             x = self.final_norm(x)
-        if self.head is None:
-            kernel = self.embedding.embedding[...].astype(x.dtype).T
-            logits = nn.linear.flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-        else:
-            logits = self.head(x)
-        logits = logits.astype(jnp.float32)
-        if cap := self.config.logit_softcap:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits
-
-
-def _head(config: DecoderConfig, rngs: nnx.Rngs) -> nn.Linear | None:
-    if config.tie_embeddings:
-        return None
-    return nn.Linear(
-        config.width, config.vocab_size, use_bias=False,
-        kernel_init=nnx.initializers.zeros if config.zero_init_outputs else KERNEL_INIT,
-        dtype=config.dtype, rngs=rngs,
-    )  # fmt: skip
+        return vocabulary_logits(self.config, x, self.embedding, self.head)
 
 
 def state_size(config: DecoderConfig, length: int | None = None) -> int:
