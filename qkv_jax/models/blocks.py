@@ -133,7 +133,7 @@ def apply_blocks(
         kwargs = dict(shared)
         if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
             kwargs["score"] = score
-        if hasattr(block.mixer, "values"):
+        if isinstance(block.mixer, nn.ValueResidualAttention):
             kwargs["first_values"] = first_values
             if first_values is None:  # the block computes them too, and the compiler shares them
                 seen = block.mixer_norm(x) if config.norm_position == "pre" else x

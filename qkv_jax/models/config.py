@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from qkv_jax import nn
 
@@ -57,18 +57,16 @@ class TransformerConfig:
     cross_attention: ClassVar[bool] = False  # whether blocks also attend to a context
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",
-                     "head_dim", "mlp_width", "window", "block_size", "num_blocks", "num_global",
-                     "num_random", "top_k", "num_features", "rank", "conv_width",
-                     "chunk_size"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name}: wanted a positive integer, got {value}")
+        check_sizes(
+            self, "vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",
+            "head_dim", "mlp_width", "window", "block_size", "num_blocks", "num_global",
+            "num_random", "top_k", "num_features", "rank", "conv_width", "chunk_size",
+        )  # fmt: skip
         one_of("activation", self.activation, nn.ACTIVATIONS)
         one_of("norm", self.norm, nn.NORMS)
         one_of("norm_position", self.norm_position, ("pre", "post"))
         one_of("position", self.position, POSITIONS)
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        check_dropout_and_dtype(self)
         if len(self.pattern) > self.num_layers:
             raise ValueError(
                 f"model.mixer: wanted at most model.num_layers = {self.num_layers} names, got "
@@ -98,8 +96,6 @@ class TransformerConfig:
             raise ValueError(
                 f"model.width: sinusoidal positions need an even one, got {self.width}"
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"model.dropout_rate: wanted [0, 1), got {self.dropout_rate}")
         if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
             raise ValueError(f"model.logit_softcap: wanted >= 0, got {self.logit_softcap}")
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):
@@ -129,6 +125,25 @@ class TransformerConfig:
     def hidden(self) -> int:
         """F."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises a ValueError that names the first of the fields that is neither None nor positive."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{name}: wanted a positive integer, got {value}")
+
+
+def check_dropout_and_dtype(config: Any) -> None:
+    """Checks the fields that every model has.
+
+    Raises:
+      ValueError: naming the field, what came and what was wanted.
+    """
+    one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    if not 0 <= config.dropout_rate < 1:
+        raise ValueError(f"model.dropout_rate: wanted [0, 1), got {config.dropout_rate}")
 
 
 def one_of(name: str, value: str, known: Collection[str]) -> None:

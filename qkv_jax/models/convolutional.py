@@ -9,7 +9,8 @@ from flax import nnx
 
 from qkv_jax import nn, ops
 from qkv_jax.models.blocks import dropout_rngs
-from qkv_jax.models.config import one_of
+from qkv_jax.models.config import check_dropout_and_dtype, check_sizes
+from qkv_jax.models.seq2seq import Seq2Seq
 from qkv_jax.ops.masks import Causal, Lengths
 
 # What the encoder hands on: keys and values, [B, S, D] both.
@@ -34,17 +35,13 @@ class ConvSeq2SeqConfig:
     dtype: str = "float32"  # of the computation; parameters are float32
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "source_vocab_size", "num_layers", "width",
-                     "conv_width"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name}: wanted a positive integer, got {value}")
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"model.dropout_rate: wanted [0, 1), got {self.dropout_rate}")
+        check_sizes(
+            self, "vocab_size", "context", "source_vocab_size", "num_layers", "width", "conv_width"
+        )
+        check_dropout_and_dtype(self)
 
 
-class ConvSeq2Seq(nnx.Module):
+class ConvSeq2Seq(Seq2Seq):
     """Source and target ids in, logits of the next target tokens out, by convolution.
 
         a (+) b = (a + b) sqrt(1/2)                      the sum keeps the variance of its parts
@@ -96,30 +93,6 @@ class ConvSeq2Seq(nnx.Module):
         self.encoder, self.decoder = convolutions(), convolutions()
         self.queries = nnx.List(nn.Linear(D, D, **shared) for _ in range(L))
         self.head = nn.Linear(D, config.vocab_size, **shared)
-
-    def __call__(
-        self,
-        source: jax.Array,
-        target_in: jax.Array,
-        *,
-        source_lengths: int | jax.Array | None = None,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """The logits of the next target token, at every place.
-
-        Args:
-          source: integers [B, S].
-          target_in: integers [B, T]: the target, moved on by one.
-          source_lengths: of the rows, integers [B]; None: no row is padded. Target rows need none:
-            no convolution of the decoder reads what comes after.
-          rng: a key; without it there is no dropout.
-
-        Returns:
-          float32 [B, T, V].
-        """
-        encoder_rng, decoder_rng = (None, None) if rng is None else jax.random.split(rng)
-        memory = self.encode(source, source_lengths=source_lengths, rng=encoder_rng)
-        return self.decode(target_in, memory, source_lengths=source_lengths, rng=decoder_rng)
 
     def encode(
         self,

@@ -18,7 +18,7 @@ from qkv_jax.models.blocks import (
     make_positions,
     vocabulary_logits,
 )
-from qkv_jax.models.config import TransformerConfig
+from qkv_jax.models.config import TransformerConfig, check_sizes
 from qkv_jax.models.mixers import check_mixers
 from qkv_jax.ops.masks import Lengths
 
@@ -39,11 +39,7 @@ class EncoderConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_segments", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"model.{name}: wanted a positive integer, got {getattr(self, name)}"
-                )
+        check_sizes(self, "num_segments", "num_classes")
         check_mixers(self)
 
 

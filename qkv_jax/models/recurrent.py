@@ -9,7 +9,8 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.blocks import dropout_rngs
-from qkv_jax.models.config import one_of
+from qkv_jax.models.config import check_dropout_and_dtype, check_sizes, one_of
+from qkv_jax.models.seq2seq import Seq2Seq
 from qkv_jax.nn.additive import KINDS
 from qkv_jax.ops.masks import Lengths
 
@@ -41,14 +42,11 @@ class RecurrentSeq2SeqConfig:
     dtype: str = "float32"  # of the computation; parameters and states are float32
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "source_vocab_size", "num_layers", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name}: wanted a positive integer, got {value}")
+        check_sizes(self, "vocab_size", "source_vocab_size", "num_layers", "width")
+        check_dropout_and_dtype(self)
         one_of("cell", self.cell, CELLS)
         one_of("attention", self.attention, ATTENTIONS)
         one_of("score", self.score, KINDS)
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
         if self.bidirectional and self.width % 2:
             raise ValueError(
                 f"model.width: two directions need an even one, got model.width = {self.width}"
@@ -60,11 +58,9 @@ class RecurrentSeq2SeqConfig:
                     f"model.{name}: {value!r} was set, but only model.attention = 'luong' reads "
                     f"it, got {self.attention!r}"
                 )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"model.dropout_rate: wanted [0, 1), got {self.dropout_rate}")
 
 
-class RecurrentSeq2Seq(nnx.Module):
+class RecurrentSeq2Seq(Seq2Seq):
     """Source and target ids in, logits of the next target tokens out, by recurrence.
 
         m[1..S], state = encoder(x[1..S])         m[s] = [forward[s]; backward[s]] or forward[s]
@@ -116,30 +112,6 @@ class RecurrentSeq2Seq(nnx.Module):
         luong = config.attention == "luong"
         self.combine = nn.Linear(D, D, use_bias=False, **shared) if luong else None
         self.head = nn.Linear(D, config.vocab_size, use_bias=False, **shared)
-
-    def __call__(
-        self,
-        source: jax.Array,
-        target_in: jax.Array,
-        *,
-        source_lengths: int | jax.Array | None = None,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """The logits of the next target token, at every place.
-
-        Args:
-          source: integers [B, S].
-          target_in: integers [B, T]: the target, moved on by one.
-          source_lengths: of the rows, integers [B]; None: no row is padded. Target rows need none:
-            no step reads what comes after it.
-          rng: a key; without it there is no dropout.
-
-        Returns:
-          float32 [B, T, V].
-        """
-        encoder_rng, decoder_rng = (None, None) if rng is None else jax.random.split(rng)
-        memory = self.encode(source, source_lengths=source_lengths, rng=encoder_rng)
-        return self.decode(target_in, memory, source_lengths=source_lengths, rng=decoder_rng)
 
     def encode(
         self,

@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import masks
+from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.convolution import causal_convolution, long_convolution, shifted
 from qkv_jax.ops.masks import Mask
 
@@ -52,7 +53,7 @@ class GatedConvolution(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _check_positive(conv_width=conv_width)
+        check_positive(conv_width=conv_width)
 
         def linear(init: Initializer) -> Linear:
             return Linear(
@@ -138,7 +139,7 @@ class LongConvolution(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _check_positive(length=length, short_width=short_width, filter_hidden=filter_hidden)
+        check_positive(length=length, short_width=short_width, filter_hidden=filter_hidden)
 
         def linear(init: Initializer) -> Linear:
             return Linear(
@@ -181,12 +182,7 @@ class LongConvolution(nnx.Module):
           NotImplementedError: for a mask that is not causal, or that says more.
         """
         del positions, rng
-        causal, lengths = masks.order_of(mask, "a long convolution")
-        if not causal:
-            raise NotImplementedError(
-                f"mask: a long convolution is causal, wanted Causal(), got {mask}"
-            )
-        x = _without_padding(x, lengths)
+        x = _without_padding(x, masks.causal_lengths(mask, "a long convolution"))
         inputs = project(x, [self.value, self.first, self.second])
         short = causal_convolution(jnp.concatenate(inputs, axis=-1), self.short[...])
         value, first, second = jnp.split(short, 3, axis=-1)
@@ -254,9 +250,3 @@ def _without_padding(x: jax.Array, lengths: int | jax.Array | None) -> jax.Array
         return x
     real = jnp.arange(x.shape[1]) < jnp.reshape(lengths, (-1, 1))
     return jnp.where(real[..., None], x, 0)
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: wanted a positive integer, got {size}")

@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 from qkv_jax import ops
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import masks
+from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.convolution import causal_convolution
 from qkv_jax.ops.delta import delta_rule
 from qkv_jax.ops.linear import linear_attention
@@ -66,9 +67,7 @@ class LinearRecurrence(nnx.Module, abc.ABC):
             raise ValueError(
                 f"num_heads: wanted a divisor of width = {width} (or a head_dim), got {num_heads}"
             )
-        for name, size in (("conv_width", conv_width), ("chunk_size", chunk_size)):
-            if size < 1:
-                raise ValueError(f"{name}: wanted a positive integer, got {size}")
+        check_positive(conv_width=conv_width, chunk_size=chunk_size)
         self.num_heads = num_heads
         self.head_dim = width // num_heads if head_dim is None else head_dim
         self.chunk_size = chunk_size
@@ -115,10 +114,7 @@ class LinearRecurrence(nnx.Module, abc.ABC):
           NotImplementedError: for a mask that is not causal, or that says more.
         """
         del rng
-        name = type(self).__name__
-        causal, lengths = masks.order_of(mask, name)
-        if not causal:
-            raise NotImplementedError(f"mask: {name} is causal, wanted Causal(), got {mask}")
+        lengths = masks.causal_lengths(mask, type(self).__name__)
         *qkv, gate = project(x, [self.query, self.key, self.value, self.gate])
         if self.kernel is not None:
             qkv = jnp.concatenate(qkv, axis=-1)

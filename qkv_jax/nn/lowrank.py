@@ -8,6 +8,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from qkv_jax.nn.attention import MultiHeadAttention
+from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.lowrank import linformer_attention
 
 
@@ -37,9 +38,7 @@ class SequenceProjections(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        for name, size in (("length", length), ("rank", rank)):
-            if size < 1:
-                raise ValueError(f"{name}: wanted a positive integer, got {size}")
+        check_positive(length=length, rank=rank)
         shape = (rank, length) if num_heads is None else (num_heads, rank, length)
         init = nnx.initializers.normal(length**-0.5)
         self.key = nnx.Param(init(rngs.params(), shape, param_dtype))

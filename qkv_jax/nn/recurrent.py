@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.linear import Linear
 from qkv_jax.ops import masks
+from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.masks import Mask
 
 _default_init = nnx.initializers.lecun_normal()
@@ -115,8 +116,7 @@ class Recurrent(nnx.Module):
         rngs: nnx.Rngs,
     ):
         hidden = width if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: wanted a positive integer, got {hidden}")
+        check_positive(hidden=hidden)
         self.cell = cell(
             width, hidden, kernel_init=kernel_init, recurrent_kernel_init=_orthogonal_gates,
             dtype=dtype, param_dtype=param_dtype, rngs=rngs,
@@ -150,10 +150,7 @@ class Recurrent(nnx.Module):
           NotImplementedError: for a mask that is not causal, or that says more.
         """
         del positions, rng
-        name = type(self).__name__
-        causal, _ = masks.order_of(mask, name)
-        if not causal:
-            raise NotImplementedError(f"mask: {name} is causal, wanted Causal(), got {mask}")
+        masks.causal_lengths(mask, type(self).__name__)
         y, _ = run(self.cell, x)
         return self.out(y)
 

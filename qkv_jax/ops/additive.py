@@ -23,6 +23,7 @@ from qkv_jax.ops import arguments
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.operands import described, is_array, operand
+from qkv_jax.ops.reference import dot_logits
 from qkv_jax.ops.rows import Logits, attend_rows, masked_softmax
 from qkv_jax.ops.scores import Score
 
@@ -142,9 +143,8 @@ def local_attention(
         weights = masked_softmax(logits, allowed & (abs(distance) <= window))
         return weights * jnp.exp(-2 * (distance / window) ** 2)
 
-    return attend_rows(
-        args, weigh, logits=None if energy is None else _additive_logits(energy, args)
-    )
+    logits = dot_logits if energy is None else _additive_logits(energy, args)
+    return attend_rows(args, weigh, logits=logits)
 
 
 class _Centers(Score):

@@ -98,6 +98,13 @@ def check(
     )  # fmt: skip
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises a ValueError that names the first of the sizes that is less than 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: wanted a positive integer, got {size}")
+
+
 def _check_shapes(q: Array, k: Array, v: Array | None) -> tuple[int, int, int, int]:
     for name, x, wanted in (("q", q, "BTNH"), ("k", k, "BSKH"), ("v", v, "BSKh")):
         if x is None and name == "v":

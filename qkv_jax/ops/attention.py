@@ -181,7 +181,8 @@ def choose(args: Arguments, implementation: str | Blockwise | None) -> Implement
     if isinstance(implementation, Blockwise):
         return implementation
     if implementation is None:
-        implementation = "blockwise" if blockwise_pays(args) else "reference"
+        pays = blockwise_pays(args.q.shape[1], args.k.shape[1])
+        implementation = "blockwise" if pays else "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}, a Blockwise or None, "
@@ -190,7 +191,6 @@ def choose(args: Arguments, implementation: str | Blockwise | None) -> Implement
     return IMPLEMENTATIONS[implementation]
 
 
-def blockwise_pays(args: Arguments) -> bool:
-    """Whether blocks are faster than all weights at once: measured on a CPU."""
-    T, S = args.q.shape[1], args.k.shape[1]
+def blockwise_pays(T: int, S: int) -> bool:
+    """Whether blocks are faster than all T x S weights at once: measured on a CPU."""
     return T * S >= 256 * 256

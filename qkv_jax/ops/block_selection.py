@@ -30,9 +30,8 @@ Array = jax.Array | np.ndarray
 
 SCORES = 2**18  # of blocks, at once while choosing: they stay in a CPU's cache
 SHORT = 1024  # up to so many tokens, the mask is the faster form on a CPU
-LOGITS = (
-    2**21
-)  # in one step of the other: as many groups as make so many; one makes n T G block_size
+# In one step of the other: as many groups as make so many; one makes n T G block_size.
+LOGITS = 2**21
 
 
 def best_blocks(importance: Array, num_blocks: int) -> jax.Array:

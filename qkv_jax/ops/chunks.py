@@ -149,6 +149,27 @@ def decays(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     return jnp.where(t >= s, jnp.exp(sums), 0), jnp.exp(jnp.cumsum(log_decay, axis=1))
 
 
+def all_at_once(
+    tokens: Tokens, u: jax.Array, state: jax.Array, between: jax.Array, since: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence as its sum reads, all T x T weights at once.
+
+    Args:
+      tokens, state: as `prepare` gives them.
+      u: what each token writes under its key, [B, T, K, h].
+      between, since: as `decays` gives them.
+
+    Returns:
+      [B, T, N, h], and the state after the last token.
+    """
+    weights_BKGTS = jnp.einsum("BTKGH,BSKH,BTSKH->BKGTS", tokens.q, tokens.k, between)
+    out = jnp.einsum("BKGTS,BSKh->BTKGh", weights_BKGTS, u)
+    out += jnp.einsum("BTKGH,BTKH,BKHh->BTKGh", tokens.q, since, state)
+    state = since[:, -1][..., None] * state
+    state += jnp.einsum("BSKH,BSKH,BSKh->BKHh", tokens.k, between[:, -1], u)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]), state
+
+
 def scan(
     step: Callable[[jax.Array, Tokens], tuple[jax.Array, jax.Array]],
     tokens: Tokens,

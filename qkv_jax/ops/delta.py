@@ -107,17 +107,14 @@ def delta_rule_parallel(
     between, since = chunks.decays(tokens)
     overlaps = jnp.einsum("BTKH,BSKH,BTSKH->BKTS", tokens.k, tokens.k, between)
     held = jnp.einsum("BTKH,BTKH,BKHh->BTKh", tokens.k, since, state)
-    u_BKSh = jax.lax.linalg.triangular_solve(
+    u_BKTh = jax.lax.linalg.triangular_solve(
         jnp.swapaxes(tokens.beta, 1, 2) * overlaps,
         jnp.swapaxes(tokens.beta * (tokens.v - held), 1, 2),
         left_side=True, lower=True, unit_diagonal=True,
     )  # fmt: skip
-    weights_BKGTS = jnp.einsum("BTKGH,BSKH,BTSKH->BKGTS", tokens.q, tokens.k, between)
-    out = jnp.einsum("BKGTS,BKSh->BTKGh", weights_BKGTS, u_BKSh)
-    out += jnp.einsum("BTKGH,BTKH,BKHh->BTKGh", tokens.q, since, state)
-    state = since[:, -1][..., None] * state
-    state += jnp.einsum("BSKH,BSKH,BKSh->BKHh", tokens.k, between[:, -1], u_BKSh)
-    return out.reshape(*q.shape[:3], -1).astype(v.dtype), state
+    u_BTKh = jnp.swapaxes(u_BKTh, 1, 2)
+    out, state = chunks.all_at_once(tokens, u_BTKh, state, between, since)
+    return out.astype(v.dtype), state
 
 
 def delta_rule_step(

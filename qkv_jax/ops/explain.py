@@ -158,7 +158,7 @@ def _counts(cover: Array, grid: Grid) -> tuple[int | None, int | None, int | Non
 
 def _reasons(args: Arguments, name: str, asked: bool, costs: dict[str, Cost]) -> dict[str, str]:
     T, S = args.q.shape[1], args.k.shape[1]
-    faster = "faster" if blockwise_pays(args) else "not faster"
+    faster = "faster" if blockwise_pays(T, S) else "not faster"
     needed = _human(costs["reference"].forward_bytes, "B")
     return {
         "reference": f"needs {needed} for the {T} x {S} weights",

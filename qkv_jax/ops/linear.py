@@ -86,13 +86,8 @@ def linear_attention_parallel(
     tokens, state = chunks.prepare(
         q, k, v, log_decay=log_decay, state=state, scale=scale, lengths=lengths
     )
-    between, since = chunks.decays(tokens)
-    weights_BKGTS = jnp.einsum("BTKGH,BSKH,BTSKH->BKGTS", tokens.q, tokens.k, between)
-    out = jnp.einsum("BKGTS,BSKh->BTKGh", weights_BKGTS, tokens.v)
-    out += jnp.einsum("BTKGH,BTKH,BKHh->BTKGh", tokens.q, since, state)
-    state = since[:, -1][..., None] * state
-    state += jnp.einsum("BSKH,BSKH,BSKh->BKHh", tokens.k, between[:, -1], tokens.v)
-    return out.reshape(*q.shape[:3], -1).astype(v.dtype), state
+    out, state = chunks.all_at_once(tokens, tokens.v, state, *chunks.decays(tokens))
+    return out.astype(v.dtype), state
 
 
 def linear_attention_step(

@@ -37,7 +37,7 @@ from qkv_jax.ops.operands import as_jax, described, is_array, operand
 __all__ = [
     "ALL", "NONE", "SOME", "And", "Blocks", "Bounds", "Causal", "Chunked", "Dense", "Dilated",
     "Global", "Interval", "Lengths", "Mask", "Not", "Or", "Prefix", "Segments", "SlidingWindow",
-    "from_function", "order_of",
+    "causal_lengths", "from_function", "order_of",
 ]  # fmt: skip
 
 
@@ -380,3 +380,15 @@ def order_of(mask: Mask | None, who: str) -> tuple[bool, int | Array | None]:
         f"mask: {who} takes tokens in order and honours Causal() and Lengths(...), joined by &; "
         f"got {mask!r}"
     )
+
+
+def causal_lengths(mask: Mask | None, who: str) -> int | Array | None:
+    """The lengths of the rows, for what can only be causal: as `order_of`.
+
+    Raises:
+      NotImplementedError: for a mask that is not causal, or that says more.
+    """
+    causal, lengths = order_of(mask, who)
+    if not causal:
+        raise NotImplementedError(f"mask: {who} is causal, wanted Causal(), got {mask}")
+    return lengths

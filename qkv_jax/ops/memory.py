@@ -10,8 +10,10 @@ from qkv_jax.ops import arguments
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.dropout import dropped
 from qkv_jax.ops.masks import Mask
-from qkv_jax.ops.rows import LOGITS, by_rows, cut, dot_logits, masked_softmax
+from qkv_jax.ops.reference import scored_logits
+from qkv_jax.ops.rows import LOGITS, by_rows, cut, masked_softmax
 from qkv_jax.ops.scores import Score
+from qkv_jax.ops.top_k import check_num_keys
 
 Array = jax.Array | np.ndarray
 Search = Callable[..., tuple[jax.Array, jax.Array]]
@@ -41,7 +43,7 @@ def retrieve(
       Indices of keys, int32 [B, T, N, num_keys], the largest product first; and which of them are
       found, bool of that shape: where a query may see fewer, the rest are not.
     """
-    _check(num_keys)
+    check_num_keys(num_keys)
     args = arguments.check(
         jax.lax.stop_gradient(q), jax.lax.stop_gradient(k), None, mask=mask, score=None, scale=1.0,
         sinks=None, dropout_rate=0.0, dropout_rng=None, q_positions=q_positions,
@@ -51,11 +53,8 @@ def retrieve(
     S = args.k.shape[1]
 
     def search(start: int | jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        rows = cut(args, start, size)
-        products = dot_logits(rows)
-        if rows.mask is not None:
-            where = jnp.asarray(rows.q_pos), jnp.asarray(rows.kv_pos), jnp.asarray(rows.head)
-            products = jnp.where(rows.mask.mask(*where), products, -jnp.inf)
+        products, allowed = scored_logits(cut(args, start, size))
+        products = jnp.where(allowed, products, -jnp.inf)
         values, keys = jax.lax.top_k(products, min(num_keys, S))
         return jnp.swapaxes(keys, 1, 2).astype(jnp.int32), jnp.swapaxes(values > -jnp.inf, 1, 2)
 
@@ -101,7 +100,7 @@ def memory_attention(
       ValueError: naming the argument, what came and what was wanted.
       NotImplementedError: for a score.
     """
-    _check(num_keys)
+    check_num_keys(num_keys)
     if score is not None:
         raise NotImplementedError("score: attention to a memory takes no scores")
     args = arguments.check(
@@ -135,8 +134,3 @@ def _attend_found(q, keys, found, args: Arguments, query: Array) -> jax.Array:
         batch=batch, head=head, query=query[:, None, None], key=keys,
     )  # fmt: skip
     return jnp.einsum("BTNm,BTNmh->BTNh", weights, v).astype(args.v.dtype)
-
-
-def _check(num_keys: int) -> None:
-    if not isinstance(num_keys, int) or num_keys < 1:
-        raise ValueError(f"num_keys: wanted a positive integer, got {num_keys!r}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.block_selection import SCORES, attend_chosen, best_blocks, check
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.rows import by_rows
@@ -56,9 +57,7 @@ def moba_attention(
       ValueError: naming the argument, what came and what was wanted.
       NotImplementedError: for another mask, a score or positions.
     """
-    for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
-        if value < 1:
-            raise ValueError(f"{name}: wanted a positive integer, got {value}")
+    check_positive(block_size=block_size, num_blocks=num_blocks)
     args, causal, lengths = check(
         q, k, v, who="MoBA", mask=mask, score=score, scale=scale, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,

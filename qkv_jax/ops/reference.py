@@ -1,5 +1,7 @@
 """Attention as the formula reads, all T x S weights in memory: the oracle of the fast paths."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +21,7 @@ def reference(args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stat
     """
     del entropy
     weights, stats = reference_weights(args)
-    B, N, T, S = weights.shape
-    K, h = args.v.shape[2:]
-    v_BKSh = jnp.swapaxes(args.v, 1, 2).astype(args.dtype)
-    out_BKRh = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
-    return jnp.swapaxes(out_BKRh.reshape(B, N, T, h), 1, 2).astype(args.v.dtype), stats
+    return combined(weights, args), stats
 
 
 def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
@@ -32,7 +30,9 @@ def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
     A row that may attend to nothing has weights 0, and no derivative of any order is NaN: every
     `where` below guards the argument of the function that would be infinite, not its result.
     """
-    logits, allowed = _logits(args)
+    logits, allowed = scored_logits(args)
+    if allowed is not True:
+        logits = jnp.where(allowed, logits, -jnp.inf)
     max_logit = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
     peak, sink = max_logit, None
     if args.sinks is not None:
@@ -59,8 +59,8 @@ def reference_weights(args: Arguments) -> tuple[jax.Array, Stats]:
     return _dropout(weights, args), stats
 
 
-def _logits(args: Arguments) -> tuple[jax.Array, jax.Array | bool]:
-    """Logits [B, N, T, S], -inf where the mask forbids, and what the mask allows.
+def dot_logits(args: Arguments) -> jax.Array:
+    """`scale * q . k`, [B, N, T, S].
 
     The query heads that share a key head are rows of one matrix, R = G * T of them.
     """
@@ -69,14 +69,26 @@ def _logits(args: Arguments) -> tuple[jax.Array, jax.Array | bool]:
     q_BNTH = jnp.swapaxes(args.q, 1, 2).astype(args.dtype)
     k_BKSH = jnp.swapaxes(args.k, 1, 2).astype(args.dtype)
     logits_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BNTH.reshape(B, K, N // K * T, H), k_BKSH)
-    logits = logits_BKRS.reshape(B, N, T, S) * jnp.asarray(args.scale, args.dtype)
+    return logits_BKRS.reshape(B, N, T, S) * jnp.asarray(args.scale, args.dtype)
+
+
+def scored_logits(
+    args: Arguments, logits: Callable[[Arguments], jax.Array] = dot_logits
+) -> tuple[jax.Array, jax.Array | bool]:
+    """The logits [B, N, T, S] after scores, finite, and what the mask allows; True without one."""
     # As arrays of JAX, positions become an iota of the compiled program, not a constant T x S.
     where = jnp.asarray(args.q_pos), jnp.asarray(args.kv_pos), jnp.asarray(args.head)
-    logits = scores.apply(args.score, logits, *where)
-    if args.mask is None:
-        return logits, True
-    allowed = args.mask.mask(*where)
-    return jnp.where(allowed, logits, -jnp.inf), allowed
+    scored = scores.apply(args.score, logits(args), *where)
+    return scored, True if args.mask is None else args.mask.mask(*where)
+
+
+def combined(weights: jax.Array, args: Arguments) -> jax.Array:
+    """The values weighted by [B, N, T, S]: [B, T, N, h] in the dtype of v."""
+    B, N, T, S = weights.shape
+    K, h = args.v.shape[2:]
+    v_BKSh = jnp.swapaxes(args.v, 1, 2).astype(args.dtype)
+    out_BKRh = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
+    return jnp.swapaxes(out_BKRh.reshape(B, N, T, h), 1, 2).astype(args.v.dtype)
 
 
 def _dropout(weights: jax.Array, args: Arguments) -> jax.Array:

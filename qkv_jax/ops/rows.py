@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops import scores
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.dropout import dropped
+from qkv_jax.ops.reference import combined, dot_logits, scored_logits
 
 Array = jax.Array | np.ndarray
 Weigh = Callable[[Arguments, jax.Array, jax.Array], jax.Array]
@@ -26,7 +26,7 @@ LOGITS = 2**21  # of a block, by default: 8 MB in float32
 
 
 def attend_rows(
-    args: Arguments, weigh: Weigh, *, logits: Logits | None = None, block_q: int | None = None
+    args: Arguments, weigh: Weigh, *, logits: Logits = dot_logits, block_q: int | None = None
 ) -> jax.Array:
     """`weigh(score(logits), allowed) v`, with dropout on the weights, a block of queries at a time.
 
@@ -35,7 +35,7 @@ def attend_rows(
       weigh: called as `weigh(rows, logits, allowed)` with the arguments cut to a block of queries,
         the logits after scores, [B, N, t, S], and what the mask allows, bool of the same shape;
         returns weights of that shape, 0 where not allowed. The logits are finite, masked ones too.
-      logits: called as `logits(rows)`, returns [B, N, t, S]; by default `dot_logits`.
+      logits: called as `logits(rows)`, returns [B, N, t, S].
       block_q: queries in a block; by default as many as make 2^21 logits.
 
     Returns:
@@ -99,16 +99,6 @@ def cut(args: Arguments, start: int | jax.Array, size: int) -> Arguments:
     )
 
 
-def dot_logits(rows: Arguments) -> jax.Array:
-    """`scale * q . k`, [B, N, t, S]."""
-    B, T, N, H = rows.q.shape
-    S, K = rows.k.shape[1:3]
-    q_BKRH = jnp.swapaxes(rows.q, 1, 2).astype(rows.dtype).reshape(B, K, N // K * T, H)
-    k_BKSH = jnp.swapaxes(rows.k, 1, 2).astype(rows.dtype)
-    logits = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).reshape(B, N, T, S)
-    return logits * jnp.asarray(rows.scale, rows.dtype)
-
-
 def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     """Softmax over the last axis among what is allowed; a row with nothing allowed is 0.
 
@@ -121,18 +111,13 @@ def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     return exps / jnp.where(total == 0, 1, total)
 
 
-def _attend(rows: Arguments, weigh: Weigh, logits: Logits | None, query: Array) -> jax.Array:
-    B, T, N, _ = rows.q.shape
-    S, K, h = rows.v.shape[1:]
-    where = jnp.asarray(rows.q_pos), jnp.asarray(rows.kv_pos), jnp.asarray(rows.head)
-    logits_BNTS = scores.apply(rows.score, (logits or dot_logits)(rows), *where)
-    allowed = True if rows.mask is None else rows.mask.mask(*where)
-    weights = weigh(rows, logits_BNTS, jnp.broadcast_to(allowed, logits_BNTS.shape))
+def _attend(rows: Arguments, weigh: Weigh, logits: Logits, query: Array) -> jax.Array:
+    B, S = rows.k.shape[:2]
+    scored, allowed = scored_logits(rows, logits)
+    weights = weigh(rows, scored, jnp.broadcast_to(allowed, scored.shape))
     weights = dropped(
         weights, rows.dropout_rng, rows.dropout_rate,
         batch=np.arange(B)[:, None, None, None], head=rows.head, query=query[:, None],
         key=np.arange(S),
     )  # fmt: skip
-    v_BKSh = jnp.swapaxes(rows.v, 1, 2).astype(rows.dtype)
-    out = jnp.einsum("BKRS,BKSh->BKRh", weights.reshape(B, K, N // K * T, S), v_BKSh)
-    return jnp.swapaxes(out.reshape(B, N, T, h), 1, 2).astype(rows.v.dtype)
+    return combined(weights, rows)

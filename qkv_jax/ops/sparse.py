@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkv_jax.ops.attention import attention, attention_weights
+from qkv_jax.ops.attention import attention, attention_weights, blockwise_pays
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.mask_algebra import NONE, Mask
 from qkv_jax.ops.masks import And, Causal, SlidingWindow
@@ -32,7 +32,6 @@ __all__ = [
 
 Array = jax.Array | np.ndarray
 
-LOGITS = 256 * 256  # from so many on, a computation by blocks is the faster one
 FAR = 2**30  # after every position; differences of positions still fit in int32
 
 
@@ -73,7 +72,7 @@ class SparseOp:
         **kwargs: Any,
     ) -> jax.Array:
         """`ops.attention` with the arguments given and both masks."""
-        if implementation is None and self.block and q.shape[1] * k.shape[1] >= LOGITS:
+        if implementation is None and self.block and blockwise_pays(q.shape[1], k.shape[1]):
             implementation = Blockwise(self.block, self.block)
         kwargs = self._joined(q, k, **kwargs)
         return attention(q, k, v, implementation=implementation, **kwargs)

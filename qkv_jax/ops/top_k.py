@@ -49,7 +49,7 @@ def top_k_attention(
     Raises:
       ValueError: naming the argument, what came and what was wanted.
     """
-    _check(num_keys)
+    check_num_keys(num_keys)
     args = arguments.check(
         q, k, v, mask=mask, score=score, scale=scale, sinks=None, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
@@ -91,13 +91,14 @@ class TopK:
     num_keys: int
 
     def __post_init__(self):
-        _check(self.num_keys)
+        check_num_keys(self.num_keys)
 
     def __call__(self, q: Array, k: Array, v: Array, **kwargs: Any) -> jax.Array:
         """`top_k_attention` with the arguments given."""
         return top_k_attention(q, k, v, num_keys=self.num_keys, **kwargs)
 
 
-def _check(num_keys: Any) -> None:
+def check_num_keys(num_keys: Any) -> None:
+    """Raises a ValueError unless it is a positive integer."""
     if not isinstance(num_keys, int) or num_keys < 1:
         raise ValueError(f"num_keys: wanted a positive integer, got {num_keys!r}")
