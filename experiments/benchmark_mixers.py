@@ -132,8 +132,7 @@ def delta_loop(sizes: Sizes, rounds: int) -> Row:
     log_decay = -0.1 * jax.nn.softplus(jax.random.normal(keys[5], (1, T, N)))
 
     def chunks(q, k, v, beta, log_decay):
-        size = sizes.settings["chunk_size"]
-        return delta.delta_rule(q, k, v, beta, log_decay=log_decay, chunk_size=size)[0]
+        return delta.delta_rule(q, k, v, beta, log_decay=log_decay)[0]
 
     def steps(*arrays):
         def step(state, token):
