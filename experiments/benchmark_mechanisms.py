@@ -178,8 +178,9 @@ def markdown(results: Results, png: str | None) -> str:
         "",
         "Exact attention is `attention`: blockwise, causal, memory linear in T.",
         "",
-        f"- *ms*: the median of {ROUNDS.value} rounds, or of as many as {SECONDS:g} s hold; a call "
-        f"of more than {LONG:g} s is timed once. Compilation is not timed. *> {LIMIT.value:g} s*: "
+        f"- *ms*: the median of {ROUNDS.value} rounds, or of as many as {SECONDS:g} s hold, but of "
+        f"two at least, after a call that is not timed; a call of more than {LONG:g} s is timed "
+        f"once. Compilation is not timed. *> {LIMIT.value:g} s*: "
         "not run, as it would take longer if it grew once more as it grew between the two lengths "
         f"before. *> {MEMORY_LIMIT} GB*: not run, as it would need more memory.",
         "- *MB*: temporaries and outputs, gradients included, as XLA lays them out when it "
