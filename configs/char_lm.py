@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     model.conv_width = 4  # tokens that a short convolution sees
     model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
     model.mlp_width = placeholder(int)  # F; None: 4 * width
-    model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu_squared
+    model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
     model.norm = "rms"  # layer | rms
     model.norm_position = "pre"  # pre | post
     model.position = "rotary"  # learned | sinusoidal | rotary | none

@@ -26,6 +26,7 @@ def gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
     "relu_squared": relu_squared,
     "swiglu": jax.nn.silu,
 }
@@ -37,8 +38,8 @@ class FeedForward(nnx.Module):
     Args:
       width: D.
       hidden: F.
-      activation: gelu (exact), gelu_tanh, relu_squared or swiglu (Shazeer 2020,
-        arxiv.org/abs/2002.05202).
+      activation: gelu (exact), gelu_tanh, relu (Vaswani et al. 2017), relu_squared or swiglu
+        (Shazeer 2020, arxiv.org/abs/2002.05202).
       use_bias: whether the layers have biases.
       kernel_init, out_init: initialisers of the layers in and of the layer out.
       dtype, param_dtype: of the computation and of the parameters.

@@ -274,7 +274,7 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"num_kv_heads": 3}, r"model\.num_kv_heads: wanted a divisor of model\.num_heads = 2"),
         ({"share_qk": True, "num_kv_heads": 1}, r"model\.share_qk: "),
         ({"mixer": "mamba"}, r"model\.mixer: wanted one of .* got 'mamba'"),
-        ({"activation": "relu"}, r"model\.activation: wanted one of .* got 'relu'"),
+        ({"activation": "tanh"}, r"model\.activation: wanted one of .* got 'tanh'"),
         ({"norm": "batch"}, r"model\.norm: wanted one of \['layer', 'rms'\], got 'batch'"),
         ({"norm_position": "mid"}, r"model\.norm_position: .* got 'mid'"),
         ({"position": "alibi"}, r"model\.position: .* got 'alibi'"),
