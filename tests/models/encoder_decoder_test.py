@@ -358,6 +358,7 @@ def test_it_is_the_t5_of_transformers(activation):
 # The task
 
 
+@pytest.mark.slow
 def test_it_learns_to_reverse():
     config = EncoderDecoderConfig(
         vocab_size=8, context=8, num_layers=1, width=32, num_heads=4, norm_position="post"

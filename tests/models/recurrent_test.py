@@ -258,6 +258,7 @@ def trained(attention):
     return train(RecurrentSeq2Seq(config, rngs=nnx.Rngs(0)), steps=200, learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_with_attention_it_learns_to_reverse_and_without_it_learns_less():
     """Bahdanau et al.'s claim: one vector is too narrow for a sentence."""
     m, losses = trained("bahdanau")

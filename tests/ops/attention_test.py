@@ -26,7 +26,27 @@ QUICK = {"xla_backend_optimization_level": 0}  # to compile
 DTYPES = ["float32", "bfloat16", "float64"]
 every_case = pytest.mark.parametrize("name", CASES)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+# What `make test` takes in every dtype; of the others, float32 alone.
+IN_EVERY_DTYPE = (
+    "full",
+    "causal_last_queries",
+    "segments",
+    "scores_in_order",
+    "everything_at_once",
+)
+
+
+def each_way(test):
+    """Each case, on every implementation, in every dtype."""
+    slow = pytest.mark.slow
+    ways = [
+        pytest.param(
+            name, implementation, dtype,
+            marks=() if "float32" == dtype or name in IN_EVERY_DTYPE else slow,
+        )
+        for name in CASES for implementation in IMPLEMENTATIONS for dtype in DTYPES
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("name", "implementation", "dtype"), ways)(test)
 
 
 @functools.cache
@@ -67,9 +87,7 @@ def cotangents(name):
     return out, ops.Stats(lse=stats[0], max_logit=stats[1], entropy=stats[2])
 
 
-@every_dtype
-@every_implementation
-@every_case
+@each_way
 def test_output_and_statistics_are_those_of_numpy(name, implementation, dtype):
     out, stats, _ = results(name, implementation, dtype)
     expected = numpy_attention(CASES[name], **CASES[name].inputs)
@@ -81,9 +99,7 @@ def test_output_and_statistics_are_those_of_numpy(name, implementation, dtype):
         assert_close(values, expected[key])
 
 
-@every_dtype
-@every_implementation
-@every_case
+@each_way
 def test_gradients_are_those_of_the_reference_in_float64(name, implementation, dtype):
     *_, gradients = results(name, implementation, dtype)
     *_, expected = results(name, "reference", "float64")

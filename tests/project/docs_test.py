@@ -77,6 +77,7 @@ def notebook_cells() -> list[str]:
     return [re.sub(r"^%.*$", "", cell, flags=re.M) for cell in cells]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs():
     matplotlib.use("Agg")
     printed = run(notebook_cells())
