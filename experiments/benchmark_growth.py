@@ -41,7 +41,7 @@ REASONS = {
     "memory": "it takes all logits in order to choose",
     "moba": "it gathers for each query the keys that it has chosen: more time for each of them",
     "nsa": "it gathers for each query the keys that it has chosen: more time for each of them",
-    "linear": "products of 64 x 64 matrices reach 40 to 65 GFLOP/s, those of whole blocks about 330",
+    "linear": "products of 64 x 64 matrices reach 40 to 65 GFLOP/s, those of large blocks 330",
     "other weights": "it computes every pair, as exact attention does, and more for each",
     "other logits and values": "it computes every pair, as exact attention does, and more for each",
     "lstm": "its steps wait for one another, each of them small",

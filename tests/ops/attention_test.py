@@ -42,7 +42,7 @@ def each_way(test):
     ways = [
         pytest.param(
             name, implementation, dtype,
-            marks=() if "float32" == dtype or name in IN_EVERY_DTYPE else slow,
+            marks=() if dtype == "float32" or name in IN_EVERY_DTYPE else slow,
         )
         for name in CASES for implementation in IMPLEMENTATIONS for dtype in DTYPES
     ]  # fmt: skip
