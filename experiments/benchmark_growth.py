@@ -227,21 +227,22 @@ def table(rows: Sequence[Growth], sizes: Sizes) -> list[str]:
     for row in rows:
         state = "-" if row.state is None else f"{row.state:,}"
         lines.append(line([
-            f"`{row.name}`", row.family, *(_cell(row.ms.get(T, "-")) for T in sizes.lengths),
+            f"`{row.name}`", row.family, *(cell(row.ms.get(T, "-")) for T in sizes.lengths),
             _slope(row, row.times, sizes), _memory(row, longest), _slope(row, row.memory, sizes),
             state, _against(row, exact, sizes),
         ]))  # fmt: skip
     return [*lines, "", *_slower(rows, exact, sizes)]
 
 
-def _cell(value: float | str) -> str:
+def cell(value: float | str) -> str:
+    """A time as tables show it, or why there is none."""
     return value if isinstance(value, str) else figure(value)
 
 
 def _memory(row: Growth, longest: int) -> str:
     if longest in row.memory:
         return figure(row.memory[longest] / 1e6)
-    return _cell(row.ms.get(longest, "-"))
+    return cell(row.ms.get(longest, "-"))
 
 
 def _slope(row: Growth, values: Mapping[int, float], sizes: Sizes) -> str:

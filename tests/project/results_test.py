@@ -4,16 +4,12 @@ import json
 import re
 from pathlib import Path
 
-from experiments.benchmark_growth import Growth, slope
+from experiments.benchmark_growth import Growth, cell, slope
 from experiments.benchmark_table import figure
 from qkv_jax.models import MIXERS
 
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"\| `(\w+)` \| .* \| (\S+) \| ([^|]+) \| ([^|]+) \| (\S+) \|")
-
-
-def shown(value):
-    return value if isinstance(value, str) else figure(value)
 
 
 def test_the_readme_lists_every_mixer_with_what_was_measured():
@@ -27,7 +23,7 @@ def test_the_readme_lists_every_mixer_with_what_was_measured():
         state = "-" if growth.state is None else f"{growth.state:,}"
         rate = slope(growth.times, start)
         wanted = [
-            state, shown(growth.ms[start]), shown(growth.ms[results["sizes"]["lengths"][-1]]),
+            state, cell(growth.ms[start]), cell(growth.ms[results["sizes"]["lengths"][-1]]),
             "-" if rate is None else figure(rate),
         ]  # fmt: skip
         assert rows[growth.name] == wanted, growth.name
