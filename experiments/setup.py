@@ -128,6 +128,7 @@ def resolve(config: ConfigDict) -> Settings:
     check("seed", values["seed"], 0 <= values["seed"] < 2**31, "an integer in [0, 2**31)")
     task = values["task"]
     check("task", task, task in TASKS, f"one of {sorted(TASKS)}")
+    _check_read(task, values["data"])
     settings = Settings(
         name=values["name"],
         seed=values["seed"],
@@ -139,6 +140,18 @@ def resolve(config: ConfigDict) -> Settings:
     )
     settings.model_config(vocab_size=1)  # its checks do not depend on the vocabulary
     return settings
+
+
+def _check_read(task: str, values: dict[str, Any]) -> None:
+    """Checks that no field of config.data was set which only other tasks read."""
+    defaults = char_lm.get_config().data
+    for name in sorted({name for other in TASKS.values() for name in other.reads}):
+        readers = sorted(other for other in TASKS if name in TASKS[other].reads)
+        if task not in readers and values[name] != defaults[name]:
+            raise ValueError(
+                f"config.data.{name}: {values[name]!r} was set, but config.task = {task!r} does "
+                f"not read it; these do: {', '.join(readers)}"
+            )
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -30,6 +30,7 @@ class Task(abc.ABC):
     config: ClassVar[type[TransformerConfig]]
     model: ClassVar[type[nnx.Module]]  # (config, rngs=...), called as model(tokens, rng=...)
     own_ids: ClassVar[int]  # ids that the model knows beside the tokenizer's
+    reads: ClassVar[tuple[str, ...]] = ()  # the fields of config.data that not every task reads
     continues_text: ClassVar[bool]  # whether it can write on, and tells the probability of a text
     floors: ClassVar[tuple[str, ...]]  # the predictors of `Text.floors` that it can be compared to
     # In words:
@@ -109,6 +110,7 @@ class MaskedLM(Task):
     """Hidden tokens, from those on both sides. The mask's id follows the tokenizer's ids."""
 
     config, model, own_ids = EncoderConfig, MaskedLanguageModel, 1
+    reads = ("mask_rate",)
     continues_text = False
     floors = ("uniform", "unigram")
     kind = "An encoder"
