@@ -5,6 +5,8 @@
 
 The model of `char_lm.py`, whose tokens here see both sides: BERT's masked tokens, 15 % of each
 window. It also takes the mixers that no decoder can use, such as linformer and nystrom.
+Reached on two CPU cores: 1.0736 nats per masked character over the full validation text (counting
+characters: 3.2241), in 257 s on a machine that takes 332 s for char_lm.py.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,9 @@
 
     python -m experiments.train --config=configs/hybrid.py
 
-The setting of configs/char_lm.py with another pattern of mixers.
+The setting of configs/char_lm.py with another pattern of mixers. Reached on two CPU cores: 1.2763
+nats per character over the full validation text (char_lm.py: 1.2923), in 507 s on a machine that
+takes 332 s for char_lm.py.
 """
 
 from ml_collections import ConfigDict
