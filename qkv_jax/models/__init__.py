@@ -1,7 +1,7 @@
 """Language models, made from the modules of `qkv_jax.nn`."""
 
 from qkv_jax.models.convolutional import ConvSeq2Seq, ConvSeq2SeqConfig
-from qkv_jax.models.decoder import Decoder, DecoderConfig, state_size
+from qkv_jax.models.decoder import Decoder, DecoderConfig, interpolate_positions, state_size
 from qkv_jax.models.encoder import (
     Classifier,
     Encoder,
@@ -31,5 +31,6 @@ __all__ = [
     "RecurrentSeq2SeqConfig",
     "SpanClassifier",
     "attention_maps",
+    "interpolate_positions",
     "state_size",
 ]

@@ -15,7 +15,8 @@ from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import HEADS, MIXERS
 from qkv_jax.nn.cross_block import CrossBlock
 from qkv_jax.ops.masks import Mask
-from qkv_jax.ops.scores import Score
+from qkv_jax.ops.positions import alibi_slopes
+from qkv_jax.ops.scores import Alibi, RelativeBias, Score
 
 KERNEL_INIT = nnx.initializers.normal(0.02)
 
@@ -36,7 +37,7 @@ def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Mod
 
 
 def make_positions(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module | None:
-    """The embedding of positions; rotary ones are the mixers'."""
+    """The embedding of positions; rotary ones are the mixers', others scores of the logits."""
     if config.position == "learned":
         return nn.LearnedPositions(config.context, config.width, rngs=rngs)
     if config.position == "sinusoidal":
@@ -60,8 +61,42 @@ def add_positions(
     return x + embedding(positions).astype(x.dtype)
 
 
-def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForward:
-    """The network of one block that mixes no tokens."""
+def make_bias(
+    config: TransformerConfig, blocks: nnx.List, rngs: nnx.Rngs, *, field: str = "mixer"
+) -> nnx.Param | None:
+    """T5's table of biases, [buckets, N], which a stack shares; None but for position "relative".
+
+    Raises:
+      ValueError: positions are to be a score, and no layer of the stack is attention; `field` is
+        the config's that names its mixers.
+    """
+    if config.position not in ("alibi", "relative"):
+        return None
+    if not any(isinstance(block.mixer, nn.MultiHeadAttention) for block in blocks):
+        raise ValueError(
+            f"model.position: {config.position} positions are a score of attention's logits, and "
+            f"no layer of model.{field} = {config.mixer!r} is attention"
+        )
+    if config.position == "alibi":
+        return None
+    return nnx.Param(KERNEL_INIT(rngs.params(), (config.relative_buckets, config.num_heads)))
+
+
+def position_score(config: TransformerConfig, bias: nnx.Param | None) -> Score | None:
+    """The score by which attention knows positions: ALiBi's, T5's with its table, or none."""
+    if config.position == "alibi":
+        return Alibi(alibi_slopes(config.num_heads))
+    if config.position == "relative":
+        return RelativeBias(
+            bias[...], bidirectional=not config.causal, max_distance=config.relative_distance
+        )
+    return None
+
+
+def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForward | None:
+    """The network of one block that mixes no tokens, if it has one."""
+    if config.hidden == 0:
+        return None
     return nn.FeedForward(
         config.width, config.hidden, activation=config.activation, use_bias=config.use_bias,
         kernel_init=KERNEL_INIT, out_init=out_init(config), dtype=config.dtype, rngs=rngs,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from qkv_jax import nn
 
-POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "relative", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,14 @@ class TransformerConfig:
     rank: int = 32
     conv_width: int = 4
     chunk_size: int = 64
-    mlp_width: int | None = None  # F
+    mlp_width: int | None = None  # F; 0: blocks without a feed-forward network
     activation: str = "gelu"
     norm: str = "layer"
     norm_position: str = "pre"
     position: str = "learned"
     rotary_base: float = 10_000.0
+    relative_buckets: int = 32
+    relative_distance: int = 128  # from here on, all keys share the last bucket
     qk_norm: bool = False
     use_bias: bool = True
     share_kv: bool = False
@@ -59,9 +61,11 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_sizes(
             self, "vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",
-            "head_dim", "mlp_width", "window", "block_size", "num_blocks", "num_global",
+            "head_dim", "window", "block_size", "num_blocks", "num_global",
             "num_random", "top_k", "num_features", "rank", "conv_width", "chunk_size",
         )  # fmt: skip
+        if self.hidden < 0:
+            raise ValueError(f"model.mlp_width: wanted an integer >= 0, got {self.mlp_width}")
         one_of("activation", self.activation, nn.ACTIVATIONS)
         one_of("norm", self.norm, nn.NORMS)
         one_of("norm_position", self.norm_position, ("pre", "post"))
@@ -95,6 +99,15 @@ class TransformerConfig:
         if self.position == "sinusoidal" and self.width % 2:
             raise ValueError(
                 f"model.width: sinusoidal positions need an even one, got {self.width}"
+            )
+        if self.relative_buckets < 4 or self.relative_buckets % 2:
+            raise ValueError(
+                f"model.relative_buckets: wanted an even number >= 4, got {self.relative_buckets}"
+            )
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                "model.relative_distance: wanted more than model.relative_buckets / 2 = "
+                f"{self.relative_buckets // 2}, got {self.relative_distance}"
             )
         if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
             raise ValueError(f"model.logit_softcap: wanted >= 0, got {self.logit_softcap}")

@@ -11,10 +11,12 @@ from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
     dropout_rngs,
+    make_bias,
     make_blocks,
     make_head,
     make_norm,
     make_positions,
+    position_score,
     vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig
@@ -54,6 +56,7 @@ class Decoder(nnx.Module):
         )  # fmt: skip
         self.positions = make_positions(config, rngs)
         self.blocks = make_blocks(config, rngs)
+        self.bias = make_bias(config, self.blocks, rngs)
         self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
         self.head = make_head(config, rngs)
 
@@ -80,7 +83,10 @@ class Decoder(nnx.Module):
         mask = ops.masks.Causal() if mask is None else ops.masks.Causal() & mask
         *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
         x = nn.dropout(self.embed(tokens, positions), config.dropout_rate, first)
-        x = apply_blocks(config, self.blocks, x, mask=mask, positions=positions, rngs=rngs)
+        x = apply_blocks(
+            config, self.blocks, x, mask=mask, positions=positions, rngs=rngs,
+            score=position_score(config, self.bias),
+        )  # fmt: skip
         return self.logits(x)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
@@ -96,6 +102,25 @@ class Decoder(nnx.Module):
         if self.final_norm is not None:
             x = self.final_norm(x)
         return vocabulary_logits(self.config, x, self.embedding, self.head)
+
+
+def interpolate_positions(model: Decoder, factor: float) -> Decoder:
+    """A decoder for texts `factor` times longer: its rotary positions are divided by the factor.
+
+    Chen et al. 2023, arxiv.org/abs/2306.15595: linear interpolation. The parameters are those of
+    `model`, which stays as it is.
+
+    Raises:
+      ValueError: the positions are not rotary, or the factor is not positive.
+    """
+    if model.config.position != "rotary":
+        raise ValueError(f"model: wanted one with rotary positions, got {model.config.position!r}")
+    if not factor > 0:
+        raise ValueError(f"factor: wanted a positive number, got {factor!r}")
+    model = nnx.merge(*nnx.split(model))
+    for block in model.blocks:
+        block.mixer.rotary_factor = float(factor)
+    return model
 
 
 def state_size(config: DecoderConfig, length: int | None = None) -> int:

@@ -12,10 +12,12 @@ from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
     dropout_rngs,
+    make_bias,
     make_blocks,
     make_head,
     make_norm,
     make_positions,
+    position_score,
     vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig, check_sizes
@@ -69,6 +71,7 @@ class Encoder(nnx.Module):
         self.positions = make_positions(config, rngs)
         self.embedding_norm = make_norm(config, rngs)()
         self.blocks = make_blocks(config, rngs)
+        self.bias = make_bias(config, self.blocks, rngs)
         self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
 
     def __call__(
@@ -96,6 +99,7 @@ class Encoder(nnx.Module):
             config, self.blocks,
             nn.dropout(self.embed(tokens, segments), config.dropout_rate, first),
             mask=None if lengths is None else Lengths(lengths), positions=None, rngs=rngs,
+            score=position_score(config, self.bias),
         )  # fmt: skip
         return x if self.final_norm is None else self.final_norm(x)
 

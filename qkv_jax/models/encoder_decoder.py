@@ -11,15 +11,16 @@ from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
     dropout_rngs,
+    make_bias,
     make_blocks,
     make_norm,
     make_positions,
+    position_score,
 )
-from qkv_jax.models.config import POSITIONS, TransformerConfig, one_of
+from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig
 from qkv_jax.models.mixers import HEADS, MIXERS, SETTINGS, check_mixers
 from qkv_jax.ops.masks import Causal, Lengths
-from qkv_jax.ops.scores import RelativeBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Everything that determines an encoder-decoder: two stacks of `num_layers` blocks.
 
     The fields of `TransformerConfig` hold for both stacks, except `mixer`, which is the decoder's.
-    `position` may also be "relative": T5's bias of the logits, one table for a stack.
+    Position "relative" is T5's bias of the logits, one table for a stack.
 
     Raises:
       ValueError: naming the field, what came and what was wanted.
@@ -35,27 +36,15 @@ class EncoderDecoderConfig(TransformerConfig):
 
     source_vocab_size: int | None = None  # None: source and target share vocabulary and embeddings
     encoder_mixer: str = "attention"
-    relative_buckets: int = 32
-    relative_distance: int = 128  # from here on, all keys share the last bucket
 
     causal = True
 
     def __post_init__(self) -> None:
-        one_of("position", self.position, (*POSITIONS, "relative"))
         _ = self.decoder  # checks what all Transformers have
         if self.source_vocab_size is not None and self.source_vocab_size < 1:
             raise ValueError(
                 "model.source_vocab_size: wanted a positive integer or None, "
                 f"got {self.source_vocab_size}"
-            )
-        if self.relative_buckets < 4 or self.relative_buckets % 2:
-            raise ValueError(
-                f"model.relative_buckets: wanted an even number >= 4, got {self.relative_buckets}"
-            )
-        if self.relative_distance <= self.relative_buckets // 2:
-            raise ValueError(
-                "model.relative_distance: wanted more than model.relative_buckets / 2 = "
-                f"{self.relative_buckets // 2}, got {self.relative_distance}"
             )
         self._check_mixers()
 
@@ -83,10 +72,7 @@ class EncoderDecoderConfig(TransformerConfig):
 
     def _stack(self) -> dict:
         names = [field.name for field in dataclasses.fields(TransformerConfig)]
-        fields = {name: getattr(self, name) for name in names if name != "mixer"}
-        if self.position == "relative":  # a score, and none of the stack's embeddings
-            fields["position"] = "none"
-        return fields
+        return {name: getattr(self, name) for name in names if name != "mixer"}
 
 
 class _Source(TransformerConfig):
@@ -117,7 +103,7 @@ class EncoderDecoder(nnx.Module):
       rngs: where the initial parameters come from, as in `Decoder`.
 
     Raises:
-      ValueError: for relative positions in a stack without attention.
+      ValueError: for positions that are a score in a stack without attention.
     """
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
@@ -132,8 +118,7 @@ class EncoderDecoder(nnx.Module):
         self.positions = make_positions(config.encoder, rngs)
         self.blocks = make_blocks(config.encoder, rngs)
         self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
-        self.bias = _relative_table(config, "encoder_mixer", self.blocks, rngs)
-        self.decoder_bias = _relative_table(config, "mixer", self.decoder.blocks, rngs)
+        self.bias = make_bias(config.encoder, self.blocks, rngs, field="encoder_mixer")
 
     def __call__(
         self,
@@ -176,7 +161,7 @@ class EncoderDecoder(nnx.Module):
         x = apply_blocks(
             config, self.blocks, nn.dropout(x, config.dropout_rate, first),
             mask=None if source_lengths is None else Lengths(source_lengths),
-            positions=None, rngs=rngs, score=self._score(self.bias, bidirectional=True),
+            positions=None, rngs=rngs, score=position_score(config, self.bias),
         )  # fmt: skip
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -196,7 +181,7 @@ class EncoderDecoder(nnx.Module):
         x = apply_blocks(
             config, self.decoder.blocks, x,
             mask=Causal() if target_lengths is None else Causal() & Lengths(target_lengths),
-            positions=None, rngs=rngs, score=self._score(self.decoder_bias, bidirectional=False),
+            positions=None, rngs=rngs, score=position_score(config, self.decoder.bias),
             context=memory,
             context_mask=None if source_lengths is None else Lengths(source_lengths),
         )  # fmt: skip
@@ -213,23 +198,3 @@ class EncoderDecoder(nnx.Module):
         return self.decoder.state_size(length) + sum(
             cross.state_size(source_length) for cross in crosses
         )
-
-    def _score(self, table: nnx.Param | None, *, bidirectional: bool) -> RelativeBias | None:
-        if table is None:
-            return None
-        distance = self.config.relative_distance
-        return RelativeBias(table[...], bidirectional=bidirectional, max_distance=distance)
-
-
-def _relative_table(
-    config: EncoderDecoderConfig, field: str, blocks: nnx.List, rngs: nnx.Rngs
-) -> nnx.Param | None:
-    if config.position != "relative":
-        return None
-    if not any(isinstance(block.mixer, nn.MultiHeadAttention) for block in blocks):
-        raise ValueError(
-            "model.position: relative positions are a bias of attention's logits, and no layer of "
-            f"model.{field} = {getattr(config, field)!r} is attention"
-        )
-    shape = (config.relative_buckets, config.num_heads)
-    return nnx.Param(KERNEL_INIT(rngs.params(), shape))

@@ -80,6 +80,7 @@ class MultiHeadAttention(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = width // num_heads if head_dim is None else head_dim
         self.rotary_base = rotary_base
+        self.rotary_factor = 1.0  # divides positions: more than 1 for longer texts than trained on
         self.dropout_rate = dropout_rate
         self.op = op
 
@@ -136,14 +137,19 @@ class MultiHeadAttention(nnx.Module):
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_base is not None:
-            q = ops.positions.rotary(q, _or_range(positions, q), base=self.rotary_base)
-            k = ops.positions.rotary(k, _or_range(context_positions, k), base=self.rotary_base)
+            q, k = self._rotate(q, positions), self._rotate(k, context_positions)
         out = self.attend(
             x, q, k, v, mask=mask, score=score,
             q_positions=positions, kv_positions=context_positions,
             dropout_rate=0.0 if rng is None else self.dropout_rate, dropout_rng=rng, **kwargs,
         )  # fmt: skip
         return self.out(out.reshape(B, T, -1))
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        frequencies = ops.positions.linear_interpolation(
+            ops.positions.rotary_frequencies(self.head_dim, self.rotary_base), self.rotary_factor
+        )
+        return ops.positions.rotary(x, _or_range(positions, x), frequencies=frequencies)
 
     def attend(
         self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any

@@ -47,8 +47,8 @@ class TransformerBlock(nnx.Module):
     Args:
       mixer: a module that mixes tokens, such as `MultiHeadAttention`; it is called as
         `mixer(x, rng=rng, **kwargs)`.
-      feed_forward: a module [B, T, D] -> [B, T, D].
-      norm: makes a norm; called twice.
+      feed_forward: a module [B, T, D] -> [B, T, D]; None: there is one branch alone.
+      norm: makes a norm; called once for each branch.
       norm_position: "pre" (Xiong et al. 2020, arxiv.org/abs/2002.04745) or "post" (Vaswani).
       dropout_rate: of each branch's output, where a call passes `rng`.
     """
@@ -56,7 +56,7 @@ class TransformerBlock(nnx.Module):
     def __init__(
         self,
         mixer: nnx.Module,
-        feed_forward: nnx.Module,
+        feed_forward: nnx.Module | None,
         *,
         norm: Callable[[], nnx.Module],
         norm_position: str = "pre",
@@ -66,7 +66,8 @@ class TransformerBlock(nnx.Module):
             raise ValueError(f"norm_position: wanted 'pre' or 'post', got {norm_position!r}")
         self.mixer = mixer
         self.feed_forward = feed_forward
-        self.mixer_norm, self.feed_forward_norm = norm(), norm()
+        self.mixer_norm = norm()
+        self.feed_forward_norm = None if feed_forward is None else norm()
         self.norm_position = norm_position
         self.dropout_rate = dropout_rate
 
@@ -80,8 +81,9 @@ class TransformerBlock(nnx.Module):
         def feed_forward(x: jax.Array) -> jax.Array:
             return dropout(self.feed_forward(x), self.dropout_rate, last_rng)
 
-        if self.norm_position == "pre":
-            x = x + mix(self.mixer_norm(x))
-            return x + feed_forward(self.feed_forward_norm(x))
-        x = self.mixer_norm(x + mix(x))
-        return self.feed_forward_norm(x + feed_forward(x))
+        branches = [(mix, self.mixer_norm)]
+        if self.feed_forward is not None:
+            branches.append((feed_forward, self.feed_forward_norm))
+        for branch, norm in branches:
+            x = x + branch(norm(x)) if self.norm_position == "pre" else norm(x + branch(x))
+        return x

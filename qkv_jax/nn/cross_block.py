@@ -22,8 +22,8 @@ class CrossBlock(nnx.Module):
       mixer: a module that mixes tokens, called as `mixer(x, rng=rng, **kwargs)`.
       cross: a module that reads a context, such as `MultiHeadAttention`, called as
         `cross(x, context=context, mask=context_mask, rng=rng)`.
-      feed_forward: a module [B, T, D] -> [B, T, D].
-      norm: makes a norm; called three times.
+      feed_forward: a module [B, T, D] -> [B, T, D], or None.
+      norm: makes a norm; called once for each branch.
       norm_position: "pre" or "post", as in `TransformerBlock`.
       dropout_rate: of each branch's output, where a call passes `rng`.
     """
@@ -32,7 +32,7 @@ class CrossBlock(nnx.Module):
         self,
         mixer: nnx.Module,
         cross: nnx.Module,
-        feed_forward: nnx.Module,
+        feed_forward: nnx.Module | None,
         *,
         norm: Callable[[], nnx.Module],
         norm_position: str = "pre",

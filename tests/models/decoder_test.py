@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from qkv_jax import nn
-from qkv_jax.models import Decoder, DecoderConfig
-from qkv_jax.ops import masks
+from qkv_jax.models import Decoder, DecoderConfig, interpolate_positions
+from qkv_jax.ops import masks, scores
+from qkv_jax.ops.positions import alibi_slopes
 from tests.parameters import randomised
 from tests.tolerances import assert_close
 
@@ -155,14 +156,59 @@ def test_later_tokens_change_no_logit_and_each_token_changes_its_own(config):
     assert_close(m(longer)[:, :T], logits, scale=10)
 
 
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "alibi", "relative"])
 def test_positions_say_where_the_tokens_stand(position):
     m = model(position)
     # Tokens in another order, told where they stand, have the logits of the right order.
     order = np.array([3, 0, 4, 1, 2])
     assert_close(m(TOKENS[:, order], positions=order), m(TOKENS)[:, order], scale=50)
     shifted = np.abs(m(TOKENS, positions=np.arange(T) + 3) - m(TOKENS)).max()
-    assert shifted < 1e-3 if position == "rotary" else shifted > 1e-2
+    if position in ("learned", "sinusoidal"):
+        assert shifted > 1e-2
+    else:  # distances alone
+        assert shifted < 1e-3
+
+
+@pytest.mark.parametrize("position", ["alibi", "relative"])
+def test_positions_that_are_a_score_reach_the_logits_of_every_layer(position):
+    m = model(position)
+    if position == "alibi":
+        score = scores.Alibi(alibi_slopes(SMALL.num_heads))
+    else:
+        score = scores.RelativeBias(m.bias[...], bidirectional=False, max_distance=128)
+        assert m.bias.shape == (32, SMALL.num_heads)
+    x = m.embed(TOKENS)
+    for block in m.blocks:
+        x = block(x, mask=masks.Causal(), score=score)
+    assert_close(m(TOKENS), m.logits(x))
+    assert np.abs(m(TOKENS) - m(TOKENS, positions=np.arange(T) * 3)).max() > 1e-3
+
+
+def test_positions_that_are_a_score_need_attention():
+    with pytest.raises(ValueError, match=r"model\.position: alibi .* model\.mixer = 'lstm'"):
+        decoder(mixer="lstm", position="alibi")
+    decoder(mixer="lstm,attention", position="alibi")
+
+
+def test_interpolated_positions_are_those_of_a_text_stretched_by_the_factor():
+    m = model("rotary")
+    stretched = np.arange(T) * 4
+    assert_close(interpolate_positions(m, 4.0)(TOKENS, positions=stretched), m(TOKENS), scale=10)
+    assert_close(m(TOKENS), model("rotary")(TOKENS))  # as it was
+    with pytest.raises(ValueError, match="rotary positions, got 'learned'"):
+        interpolate_positions(model("learned"), 2.0)
+    with pytest.raises(ValueError, match=r"factor: wanted a positive number, got 0"):
+        interpolate_positions(m, 0)
+
+
+def test_without_a_feed_forward_network_a_block_only_mixes():
+    m = randomised(decoder(mlp_width=0))
+    x = m.embed(TOKENS)
+    for block in m.blocks:
+        assert block.feed_forward is None and block.feed_forward_norm is None
+        x = x + block.mixer(block.mixer_norm(x), mask=masks.Causal())
+    assert_close(m(TOKENS), m.logits(x))
+    assert nn.count(nn.split(m)[1]) < nn.count(nn.split(model())[1])
 
 
 def test_without_positions_the_past_is_a_bag_of_tokens():
@@ -269,7 +315,7 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"context": -1}, r"model\.context: wanted a positive integer"),
         ({"num_layers": 0}, r"model\.num_layers: wanted a positive integer"),
         ({"width": 0}, r"model\.width: wanted a positive integer"),
-        ({"mlp_width": 0}, r"model\.mlp_width: wanted a positive integer"),
+        ({"mlp_width": -1}, r"model\.mlp_width: wanted an integer >= 0, got -1"),
         ({"num_heads": 5}, r"model\.num_heads: wanted a divisor of model\.width = 12 .* got 5"),
         ({"num_kv_heads": 3}, r"model\.num_kv_heads: wanted a divisor of model\.num_heads = 2"),
         ({"share_qk": True, "num_kv_heads": 1}, r"model\.share_qk: "),
@@ -277,7 +323,7 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"activation": "tanh"}, r"model\.activation: wanted one of .* got 'tanh'"),
         ({"norm": "batch"}, r"model\.norm: wanted one of \['layer', 'rms'\], got 'batch'"),
         ({"norm_position": "mid"}, r"model\.norm_position: .* got 'mid'"),
-        ({"position": "alibi"}, r"model\.position: .* got 'alibi'"),
+        ({"position": "rope"}, r"model\.position: .* got 'rope'"),
         ({"dtype": "float16"}, r"model\.dtype: .* got 'float16'"),
         ({"position": "rotary", "head_dim": 3}, r"model\.position: rotary .* got .* = 3"),
         ({"position": "sinusoidal", "width": 13, "head_dim": 2}, r"model\.width: sinusoidal"),

@@ -197,7 +197,7 @@ def test_relative_positions_reach_the_attention_beside_other_mixers():
     graphdef, params = nn.split(randomised(m))
     loss = lambda p: (nn.merge(graphdef, p)(SOURCE, TARGET) ** 2).mean()  # noqa: E731
     gradients = jax.jit(jax.grad(loss))(params)
-    assert np.abs(gradients["bias"]).max() > 0 and np.abs(gradients["decoder_bias"]).max() > 0
+    assert np.abs(gradients["bias"]).max() > 0 and np.abs(gradients["decoder"]["bias"]).max() > 0
 
 
 def test_dropout_changes_with_the_key_and_happens_only_with_one():
@@ -239,7 +239,7 @@ def test_bfloat16_computes_in_bfloat16_between_float32_parameters_and_logits():
     [
         ({"width": 0}, r"model\.width: wanted a positive integer, got 0"),
         ({"source_vocab_size": 0}, r"model\.source_vocab_size: wanted a positive .* got 0"),
-        ({"position": "alibi"}, r"model\.position: wanted one of .*relative.* got 'alibi'"),
+        ({"position": "rope"}, r"model\.position: wanted one of .*relative.* got 'rope'"),
         ({"relative_buckets": 5}, r"model\.relative_buckets: wanted an even number >= 4, got 5"),
         ({"relative_buckets": 2}, r"model\.relative_buckets: .* got 2"),
         ({"relative_distance": 16}, r"model\.relative_distance: wanted more than .* 16, got 16"),
@@ -330,7 +330,7 @@ def from_t5(theirs, config):
     encoder, bias = stack(theirs.encoder)
     decoder, decoder_bias = stack(theirs.decoder, config.width**-0.5)
     decoder["embedding"] = {"embedding": array(theirs.shared.weight)}
-    return encoder | {"decoder": decoder, "bias": bias, "decoder_bias": decoder_bias}
+    return encoder | {"decoder": decoder | {"bias": decoder_bias}, "bias": bias}
 
 
 @pytest.mark.oracle
