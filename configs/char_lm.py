@@ -19,17 +19,21 @@ def get_config() -> ConfigDict:
     config.name = "char_lm"  # the run directory's default name: runs/<name>
     config.seed = 0  # parameters, batches and dropout all derive from it
 
-    config.task = "causal_lm"  # causal_lm: the next token | masked_lm: hidden ones, both sides seen
+    # causal_lm: the next token | masked_lm: hidden tokens, both sides seen
+    # recall: the value that went with a key | cue: what stood in the noise | copying: all of it
+    config.task = "causal_lm"
 
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
     data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
     data.tokenizer = "char"  # char | byte | bpe
-    data.vocab_size = 4096  # bpe: entries of the vocabulary to train
+    data.vocab_size = 4096  # bpe: entries of the vocabulary to train; recall, cue, copying: ids
     data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json, train none
     data.validation_fraction = 0.1  # the last part of the text, never trained on
     data.context = 128  # tokens a training window has
+    data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer
     data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
+    data.num_pairs = 8  # recall: keys with a value in a window
 
     config.model = model = ConfigDict()
     model.num_layers = 4
@@ -49,12 +53,14 @@ def get_config() -> ConfigDict:
     model.rank = 32  # rows (linformer), landmarks (nystrom), width of the latent (latent)
     model.conv_width = 4  # tokens that a short convolution sees
     model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
-    model.mlp_width = placeholder(int)  # F; None: 4 * width
+    model.mlp_width = placeholder(int)  # F; None: 4 * width; 0: attention (or what mixes) alone
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
     model.norm = "rms"  # layer | rms
     model.norm_position = "pre"  # pre | post
-    model.position = "rotary"  # learned | sinusoidal | rotary | none
+    model.position = "rotary"  # learned | sinusoidal | rotary | alibi | relative (T5) | none
     model.rotary_base = 10_000.0
+    model.relative_buckets = 32  # of T5's distances
+    model.relative_distance = 128  # from here on all keys share the last of them
     model.qk_norm = True  # normalise queries and keys per head
     model.use_bias = False  # biases in projections and layer norms
     model.share_kv = False  # one projection for keys and values
@@ -79,6 +85,7 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.num_steps = 1500
+    train.stop_accuracy = placeholder(float)  # stop once validation reaches it; None: never
     train.batch_size = 16  # windows a step
     train.eval_every = 250  # steps
     train.eval_batches = 20  # random validation batches per evaluation while training
@@ -90,5 +97,6 @@ def get_config() -> ConfigDict:
     train.compute_dtype = "float32"  # float32 | bfloat16; parameters stay float32
     train.remat = False  # recompute activations in the backward pass
     train.sample_tokens = 400  # length of the sample at the end: text to write, or with blanks
+    train.figures = True  # draw the loss and the attention of each layer at the end
     train.wandb = False  # also log to Weights & Biases, where it is installed
     return config

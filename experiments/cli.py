@@ -38,14 +38,14 @@ def fail(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
-def config_flag() -> flags.FlagHolder:
+def config_flag(default: str | None = "configs/char_lm.py") -> flags.FlagHolder:
     """The flag `--config`, a Python file whose fields `--config.field=value` overrides.
 
     A misspelt field ends the program here: the overrides are applied where the flag is defined.
     """
     try:
         return config_flags.DEFINE_config_file(
-            "config", "configs/char_lm.py", "the experiment: a Python file, which is executed"
+            "config", default, "the experiment: a Python file, which is executed"
         )
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):

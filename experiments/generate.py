@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, setup
+from experiments.tasks import TextTask
 from qkv_jax import inference
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to sample from")
@@ -27,14 +28,15 @@ SEED = flags.DEFINE_integer(
 def main(_) -> None:
     with cli.one_sentence():
         trained = setup.load_run(WORKDIR.value)
-        if not trained.settings.task.continues_text:
+        task = trained.task
+        if not (isinstance(task, TextTask) and task.continues_text):
             raise ValueError(
-                f"workdir: {WORKDIR.value} holds a model of masked tokens, which fills in blanks "
-                "and cannot continue a text; its sample.txt shows what it can do"
+                f"workdir: {WORKDIR.value} holds a model that predicts {task.unit}s and cannot "
+                "continue a text; its report.md shows what it can do"
             )
         if not PROMPT.value:
             raise ValueError("prompt: wanted at least one character, got none")
-        prompt = trained.tokenizer.encode(PROMPT.value).astype(np.int32)
+        prompt = task.tokenizer.encode(PROMPT.value).astype(np.int32)
         tokens = inference.generate(
             trained.graphdef,
             trained.params,
@@ -49,7 +51,7 @@ def main(_) -> None:
     for i, row in enumerate(np.asarray(tokens)):
         if i:
             print("-" * 80)
-        print(PROMPT.value + trained.tokenizer.decode(row))
+        print(PROMPT.value + task.tokenizer.decode(row))
 
 
 if __name__ == "__main__":

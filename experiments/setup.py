@@ -1,7 +1,6 @@
 """From a config to the things that a script works with; the same for every script."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import char_lm
 from experiments.tasks import TASKS, Task
-from qkv_jax import data, nn
+from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
 from qkv_jax.training.run_directory import (
@@ -21,7 +20,6 @@ from qkv_jax.training.run_directory import (
     config_from_json,
     config_to_json,
     read_config,
-    write_text_atomic,
 )
 
 
@@ -36,11 +34,15 @@ class DataConfig:
     tokenizer_path: str | None
     validation_fraction: float
     context: int
+    longer: tuple[int, ...]
     mask_rate: float
+    num_pairs: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context"):
+        for name in ("vocab_size", "context", "num_pairs"):
             check(f"data.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        longer = all(isinstance(factor, int) and factor > 1 for factor in self.longer)
+        check("data.longer", self.longer, longer, "integers > 1")
         fraction = self.validation_fraction
         check("data.validation_fraction", fraction, 0 < fraction < 1, "a number in (0, 1)")
         check("data.mask_rate", self.mask_rate, 0 < self.mask_rate < 1, "a number in (0, 1)")
@@ -51,6 +53,7 @@ class TrainConfig:
     """How long, and how often what. `configs/char_lm.py` explains the fields."""
 
     num_steps: int
+    stop_accuracy: float | None
     batch_size: int
     eval_every: int
     eval_batches: int
@@ -62,6 +65,7 @@ class TrainConfig:
     compute_dtype: str
     remat: bool
     sample_tokens: int
+    figures: bool
     wandb: bool
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class TrainConfig:
                      "steps_per_dispatch", "cpu_devices", "sample_tokens"):  # fmt: skip
             check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         check("train.save_every", self.save_every, self.save_every >= 0, "an integer >= 0")
+        stop = self.stop_accuracy
+        check("train.stop_accuracy", stop, stop is None or 0 < stop <= 1, "a number in (0, 1]")
         dtypes = ("float32", "bfloat16")
         check("train.compute_dtype", self.compute_dtype, self.compute_dtype in dtypes,
               f"one of {list(dtypes)}")  # fmt: skip
@@ -80,7 +86,7 @@ class Settings:
 
     name: str
     seed: int
-    task: Task
+    task: type[Task]
     data: DataConfig
     model: dict[str, Any]
     optimizer: OptimizerConfig
@@ -96,9 +102,9 @@ class Settings:
         }
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
-        """The model's config for a tokenizer with so many ids."""
+        """The model's config for so many ids."""
         return self.task.config(
-            vocab_size=vocab_size + self.task.own_ids,
+            vocab_size=vocab_size,
             context=self.data.context,
             dtype=self.train.compute_dtype,
             remat=self.train.remat,
@@ -162,80 +168,8 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, value
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A corpus in tokens, split by position."""
-
-    corpus: data.Corpus
-    tokenizer: data.Tokenizer
-    train: np.ndarray  # integers [any number]
-    validation: np.ndarray
-
-    @property
-    def validation_characters(self) -> int:
-        return len(self.tokenizer.decode(self.validation))
-
-    @property
-    def floors(self) -> dict[str, float]:
-        """Validation losses, in nats per token, of predictors that only count."""
-        return data.ngram_floors(self.train, self.validation, self.tokenizer.vocab_size)
-
-
-def load_text(config: DataConfig, tokenizer: data.Tokenizer | None = None) -> Text:
-    """Reads the corpus; builds the tokenizer unless one is given.
-
-    Raises:
-      ValueError: the corpus is missing, binary, empty or shorter than a window, or the tokenizer
-        does not know it.
-    """
-    corpus = data.load_corpus(config.corpus, config.path)
-    if tokenizer is None:
-        tokenizer = data.build_tokenizer(
-            config.tokenizer, corpus.text, vocab_size=config.vocab_size, path=config.tokenizer_path
-        )
-    tokens = data.pack_tokens(tokenizer.encode(corpus.text), tokenizer.vocab_size)
-    train, validation = data.split(tokens, config.validation_fraction, context=config.context)
-    return Text(corpus, tokenizer, train, validation)
-
-
-def keep_text(run: RunDirectory, text: Text) -> None:
-    """Writes the tokenizer and what identifies the corpus, or checks them against those there.
-
-    Raises:
-      ValueError: the run was trained on another text, or with another tokenizer.
-    """
-    path = run.path / "corpus.json"
-    now = {
-        "name": text.corpus.name,
-        "source": text.corpus.source,
-        "sha256": text.corpus.sha256,
-        "characters": len(text.corpus.text),
-        "tokens": len(text.train) + len(text.validation),
-        "vocab_size": text.tokenizer.vocab_size,
-    }
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if before["sha256"] != now["sha256"]:
-            raise ValueError(
-                f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
-                f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
-                "another --workdir"
-            )
-        if data.Tokenizer.load(run.tokenizer).to_json() != text.tokenizer.to_json():
-            raise ValueError(
-                f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
-                "differs from the one built now); choose another --workdir"
-            )
-        return
-    write_text_atomic(run.tokenizer, text.tokenizer.to_json())
-    write_text_atomic(path, json.dumps(now, indent=2) + "\n")
-
-
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:
-    """The model's structure and its initial parameters, a function of the seed."""
+    """The structure and the initial parameters, a function of the seed, of the task's model."""
     config = settings.model_config(vocab_size)
     return nn.split(settings.task.model(config, rngs=nnx.Rngs(settings.seed)))
 
@@ -260,7 +194,7 @@ class TrainedRun:
 
     run: RunDirectory
     settings: Settings
-    tokenizer: data.Tokenizer
+    task: Task
     graphdef: nnx.GraphDef
     params: nn.Params
     step: int
@@ -277,7 +211,7 @@ def load_run(workdir: str) -> TrainedRun:
     if not run.config.exists():
         raise ValueError(f"workdir: {workdir} holds no run (no config.json); train one there first")
     settings = resolve(read_config(run, char_lm.get_config()))
-    tokenizer = data.Tokenizer.load(run.tokenizer)
-    graphdef, state = abstract_state(settings, tokenizer.vocab_size)
+    task = settings.task.of_run(settings, run)
+    graphdef, state = abstract_state(settings, task.vocab_size)
     step, state = load_checkpoint(run.checkpoints, state)
-    return TrainedRun(run, settings, tokenizer, graphdef, state.params, step)
+    return TrainedRun(run, settings, task, graphdef, state.params, step)

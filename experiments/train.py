@@ -1,4 +1,4 @@
-"""Trains a language model, from text to report.
+"""Trains a model, from text (or what a task generates) to report.
 
     python -m experiments.train
     python -m experiments.train --config=configs/char_mlm.py
@@ -35,11 +35,11 @@ def main(_) -> None:
     with cli.one_sentence():
         settings = setup.resolve(CONFIG.value)
         cli.use_cpu_devices(settings.train.cpu_devices)
-        text = setup.load_text(settings.data)
-        graphdef, params = setup.make_model(settings, text.tokenizer.vocab_size)
+        task = settings.task(settings)
+        graphdef, params = setup.make_model(settings, task.vocab_size)
         run = open_run(WORKDIR.value or f"runs/{settings.name}", CONFIG.value)
-        setup.keep_text(run, text)
-    print(f"text: {text.corpus.source}, {len(text.corpus.text):,} characters")
+        task.keep(run)
+    print(task.source)
     print(f"run:  {run.path}")
 
     # --- Devices, optimizer, state ---
@@ -51,23 +51,24 @@ def main(_) -> None:
     state = jax.device_put(training.TrainState.create(params, optimizer), everywhere)
     train_steps = training.make_train_steps(
         training.make_train_step(
-            training.language_model_loss(graphdef),
+            training.cross_entropy_loss(graphdef, task.predict),
             optimizer,
             seed=settings.seed,
             accumulate=settings.optimizer.accumulate,
         )
     )
-    eval_step = training.make_eval_step(graphdef)
+    eval_step = training.make_eval_step(graphdef, task.predict)
     print(f"model: {nn.count(params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Where it stopped last time ---
     with cli.one_sentence():
         checkpointer = training.Checkpointer(run.checkpoints, keep=settings.train.keep)
         restored = checkpointer.restore(like=state)
-    step = 0
+    step, done = 0, False
     if restored is not None:
         step, state = restored
-        if step >= settings.train.num_steps and run.report.exists():
+        done = step >= settings.train.num_steps or reached_goal(run, step, settings.train)
+        if done and run.report.exists():
             print(f"finished: this run has made its {step} steps. Its report:\n")
             print(run.report.read_text(encoding="utf-8"))
             return
@@ -103,11 +104,11 @@ def main(_) -> None:
         progress.update(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
-        batches = settings.task.eval_batches(settings, text)
-        placed = (jax.device_put(batch, by_row) for batch in batches)
-        loss = training.mean_loss(eval_step, state.params, placed)
-        writer.write(now, {"validation_loss": loss, "elapsed": elapsed()})
-        shown["validation"] = loss
+        placed = (jax.device_put(batch, by_row) for batch in task.eval_batches())
+        means = training.mean_metrics(eval_step, state.params, placed)
+        found = {f"validation_{name}": value for name, value in means.items()}
+        writer.write(now, found | {"elapsed": elapsed()})
+        shown["validation"] = means["loss"]
         progress.update(now, **shown)
 
     shown: dict[str, float] = {}
@@ -122,36 +123,37 @@ def main(_) -> None:
     ):
         pending = None
         stopping = False
-        while step < settings.train.num_steps and not stopping:
+        while not (done or stopping):
             count = steps_to_boundary(step, settings.train)
-            batches = settings.task.train_batches(settings, text, step)
-            state, metrics = train_steps(state, jax.device_put(batches, by_step_and_row), count)
+            batches = jax.device_put(task.train_batches(step), by_step_and_row)
+            state, metrics = train_steps(state, batches, count)
             if pending is not None:
                 record(*pending)
             pending = (step, count, metrics)
             step += count
             checkpointer.check()
-            last = step == settings.train.num_steps
-            if last or step % settings.train.eval_every == 0:
+            done = step == settings.train.num_steps
+            if done or step % settings.train.eval_every == 0:
                 record(*pending)
                 pending = None
                 evaluate(state, step)
+                done = done or reached_goal(run, step, settings.train)
             save_every = settings.train.save_every
             stopping = stop.requested  # read once: a signal must not come after the save is skipped
-            if last or stopping or (save_every and step % save_every == 0):
+            if done or stopping or (save_every and step % save_every == 0):
                 if pending is not None:
                     record(*pending)
                     pending = None
                 check_finite(state, step)
                 checkpointer.save(step, state)
         seconds = elapsed()
-    if step < settings.train.num_steps:
+    if not done:
         print(f"stopped by {stop.name} after step {step}, saved; the same command goes on")
         return
 
     # --- What came of it ---
     with cli.one_sentence():
-        result = report.write(run, settings, text, graphdef, state.params, eval_step, seconds)
+        result = report.write(run, task, graphdef, state.params, step, seconds)
     print(result)
 
 
@@ -179,6 +181,15 @@ def check_finite(state: training.TrainState, step: int) -> None:
                 f"step {step}: {name} is not finite; stopped without saving it, and the "
                 "checkpoints from before are kept. A smaller learning rate usually helps."
             )
+
+
+def reached_goal(run: RunDirectory, step: int, config: setup.TrainConfig) -> bool:
+    """Whether the evaluation after this step was as good as the config wants it."""
+    if config.stop_accuracy is None or not run.metrics.exists():
+        return False
+    found = [row["validation_accuracy"] for row in read_metrics(run.metrics)
+             if row["step"] == step and "validation_accuracy" in row]  # fmt: skip
+    return bool(found) and found[-1] >= config.stop_accuracy
 
 
 def previous_seconds(run: RunDirectory, step: int) -> float:

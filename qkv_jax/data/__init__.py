@@ -10,8 +10,6 @@ All of it is deterministic and runs on the host: NumPy, no JAX.
 """
 
 from qkv_jax.data.batches import (
-    EVALUATION,
-    TRAINING,
     check_token_ids,
     pack_tokens,
     random_windows,
@@ -20,12 +18,15 @@ from qkv_jax.data.batches import (
     stacked_windows,
 )
 from qkv_jax.data.corpora import CORPORA, Corpus, load_corpus, python_docs, text_file
+from qkv_jax.data.distance import copying, cue
+from qkv_jax.data.draws import EVALUATION, TEST, TRAINING
 from qkv_jax.data.floors import bits_per_character, ngram_floors
 from qkv_jax.data.masking import (
     masked_windows,
     sequential_masked_windows,
     stacked_masked_windows,
 )
+from qkv_jax.data.recall import recall
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
@@ -38,6 +39,7 @@ from qkv_jax.data.tokenizers import (
 __all__ = [
     "CORPORA",
     "EVALUATION",
+    "TEST",
     "TOKENIZERS",
     "TRAINING",
     "BpeTokenizer",
@@ -48,12 +50,15 @@ __all__ = [
     "bits_per_character",
     "build_tokenizer",
     "check_token_ids",
+    "copying",
+    "cue",
     "load_corpus",
     "masked_windows",
     "ngram_floors",
     "pack_tokens",
     "python_docs",
     "random_windows",
+    "recall",
     "sequential_masked_windows",
     "sequential_windows",
     "split",

@@ -8,8 +8,7 @@ from operator import index
 
 import numpy as np
 
-TRAINING = 0  # streams: the same seed draws unrelated windows in each
-EVALUATION = 1
+from qkv_jax.data.draws import TRAINING, raw_bits
 
 Batch = dict[str, np.ndarray]
 
@@ -144,8 +143,7 @@ def stacked_windows(
 
 def _starts(num_starts: int, seed: int, step: int, stream: int, batch_size: int) -> np.ndarray:
     """`batch_size` draws from `[0, num_starts)`, int64; each is at most 2**-32 from uniform."""
-    philox = np.random.Philox(key=seed | stream << 64, counter=step << 64)
-    high_bits = philox.random_raw(batch_size) >> np.uint64(32)
+    high_bits = raw_bits(batch_size, seed=seed, step=step, stream=stream) >> np.uint64(32)
     return (high_bits * np.uint64(num_starts) >> np.uint64(32)).astype(np.int64)
 
 

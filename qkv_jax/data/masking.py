@@ -5,11 +5,13 @@ become the mask token, 10 % any token, 10 % stay, so that no input tells what ne
 Like all batches, these are pure functions of (seed, step).
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from qkv_jax.data.batches import EVALUATION, TRAINING, Batch, stacked_windows
+from qkv_jax.data.batches import Batch, stacked_windows
+from qkv_jax.data.draws import EVALUATION, TRAINING, raw_bits, to_unit
 
 MASKED, REPLACED = 0.8, 0.1  # shares of the chosen tokens; the others stay
 
@@ -144,7 +146,7 @@ def _hide(
     order = np.where(eligible, order >> np.uint64(1), order | np.uint64(1 << 63))  # those come last
     rank = np.argsort(np.argsort(order, axis=-1, kind="stable"), axis=-1, kind="stable")
     chosen = rank < number
-    share = (fate >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    share = to_unit(fate)
     masked = chosen & (share < MASKED)
     replaced = chosen & (share >= MASKED) & (share < MASKED + REPLACED)
     other = (other >> np.uint64(32)) * np.uint64(mask_id) >> np.uint64(32)
@@ -157,10 +159,9 @@ def _hide(
 
 
 def _draws(seed: int, step: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Random bits, uint64 [3, *shape]: the generator of `batches`, in counters of their own."""
-    counter = int(step) << 64 | 1 << 128
-    philox = np.random.Philox(key=int(seed) | int(stream) << 64, counter=counter)
-    return philox.random_raw(3 * int(np.prod(shape))).reshape(3, *shape)
+    """Random bits, uint64 [3, *shape]: unrelated to those of `batches`."""
+    bits = raw_bits(3 * math.prod(shape), seed=seed, step=step, stream=stream, series=1)
+    return bits.reshape(3, *shape)
 
 
 def _check(tokens: np.ndarray, mask_id: int, mask_rate: float) -> None:

@@ -1,12 +1,17 @@
 """Training: functions over one `TrainState`, and what keeps a run safe."""
 
 from qkv_jax.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
-from qkv_jax.training.evaluation import make_eval_step, mean_loss
+from qkv_jax.training.evaluation import make_eval_step, mean_metrics
 from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.preemption import StopSignal
 from qkv_jax.training.progress import Progress
 from qkv_jax.training.state import TrainState
-from qkv_jax.training.step import language_model_loss, make_train_step, make_train_steps
+from qkv_jax.training.step import (
+    cross_entropy_loss,
+    make_train_step,
+    make_train_steps,
+    predict_tokens,
+)
 
 __all__ = [
     "CheckpointError",
@@ -15,12 +20,13 @@ __all__ = [
     "Progress",
     "StopSignal",
     "TrainState",
-    "language_model_loss",
+    "cross_entropy_loss",
     "load_checkpoint",
     "make_eval_step",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
     "make_train_steps",
-    "mean_loss",
+    "mean_metrics",
+    "predict_tokens",
 ]

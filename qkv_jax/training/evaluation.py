@@ -1,6 +1,6 @@
-"""The loss over a text that was not trained on."""
+"""How well a model does on what it was not trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +9,37 @@ import optax
 from flax import nnx
 
 from qkv_jax import nn
-from qkv_jax.training.step import Batch
+from qkv_jax.training.step import Batch, Predict, predict_tokens
+
+EvalStep = Callable[[nn.Params, Batch], dict[str, jax.Array]]
 
 
-def make_eval_step(graphdef: nnx.GraphDef):
-    """A jitted `eval_step(params, batch)`: the sum of the losses in nats, and their number.
+def make_eval_step(graphdef: nnx.GraphDef, predict: Predict = predict_tokens) -> EvalStep:
+    """A jitted `eval_step(params, batch)`: sums over the targets of a batch.
 
-    A batch holds `inputs` and `targets`, int32 [B, T], and optionally `weights` [B, T].
+    A batch is as for `cross_entropy_loss`. The sums are `loss`, in nats, `accuracy`, how often the
+    likeliest class is the target, and `count`, the targets' number or weight: float32 [].
     """
 
     @jax.jit
-    def eval_step(params: nn.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits = nn.merge(graphdef, params)(batch["inputs"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    def eval_step(params: nn.Params, batch: Batch) -> dict[str, jax.Array]:
+        logits, targets = predict(nn.merge(graphdef, params), batch, None), batch["targets"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         weights = batch.get("weights", jnp.ones_like(losses))
-        return (losses * weights).sum(), weights.sum()
+        return {
+            "loss": (losses * weights).sum(),
+            "accuracy": ((logits.argmax(-1) == targets) * weights).sum(),
+            "count": weights.sum(),
+        }
 
     return eval_step
 
 
-def mean_loss(eval_step, params: nn.Params, batches: Iterable[Batch]) -> float:
-    """The mean loss in nats per token over all batches; one host synchronisation at the end."""
-    sums = [eval_step(params, batch) for batch in batches]
-    total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-    return float(total / count)
+def mean_metrics(
+    eval_step: EvalStep, params: nn.Params, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """`loss`, nats per target, and `accuracy` over all batches; one host synchronisation."""
+    sums = jax.device_get([eval_step(params, batch) for batch in batches])
+    totals = {name: np.sum([s[name] for s in sums], dtype=np.float64) for name in sums[0]}
+    count = totals.pop("count")
+    return {name: float(total / count) for name, total in totals.items()}

@@ -33,6 +33,7 @@ RESUMABLE = frozenset(
         "train.save_every",
         "train.log_every",
         "train.keep",
+        "train.figures",
         "train.sample_tokens",
         "train.steps_per_dispatch",
         "train.wandb",
@@ -81,6 +82,10 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report.md"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
 
     @property
     def tokenizer(self) -> Path:

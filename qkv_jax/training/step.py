@@ -14,16 +14,24 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (parameters, batch, key or None) -> the mean loss
 Loss = Callable[[nn.Params, Batch, jax.Array | None], jax.Array]
+# (model, batch, key or None) -> logits, one more axis than the targets
+Predict = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
 
 
-def language_model_loss(graphdef: nnx.GraphDef) -> Loss:
-    """The mean cross-entropy of the next token, in nats, of the model with this structure.
+def predict_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """The logits of a language model, [B, T, V], for the batch's `inputs`, int32 [B, T]."""
+    return model(batch["inputs"], rng=rng)
 
-    A batch holds `inputs` and `targets`, int32 [B, T], and optionally `weights` [B, T].
+
+def cross_entropy_loss(graphdef: nnx.GraphDef, predict: Predict = predict_tokens) -> Loss:
+    """The mean cross-entropy of a batch's targets, in nats, by the model with this structure.
+
+    A batch holds what `predict` reads, such as `inputs`; `targets`, integers of the logits' shape
+    without the last axis, such as [B, T]; and optionally `weights` of that shape.
     """
 
     def loss(params: nn.Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
-        logits = nn.merge(graphdef, params)(batch["inputs"], rng=rng)
+        logits = predict(nn.merge(graphdef, params), batch, rng)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         if "weights" not in batch:
             return losses.mean()

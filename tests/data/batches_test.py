@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qkv_jax.data import EVALUATION
 from qkv_jax.data.batches import (
-    EVALUATION,
     check_token_ids,
     pack_tokens,
     random_windows,

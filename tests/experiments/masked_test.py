@@ -51,6 +51,7 @@ def test_it_trains_as_others_do_and_its_loss_falls(masked):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(masked, scripts, tmp_path):
     done = scripts.train(tmp_path / "run", *MASKED, "train.num_steps=14")
     assert done.returncode == 0, done.stderr
@@ -61,7 +62,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(masked, scripts, tmp_
 
 def expected_loss(trained, tokens):
     """In nats per masked token, every window alone, in NumPy but for the model."""
-    mask_id, losses = trained.tokenizer.vocab_size, []
+    mask_id, losses = trained.task.tokenizer.vocab_size, []
     apply = jax.jit(nn.merge(trained.graphdef, trained.params))
     batches = data.sequential_masked_windows(
         tokens, batch_size=1, context=16, mask_id=mask_id, mask_rate=0.3
@@ -86,7 +87,7 @@ def test_the_loss_over_the_validation_text_is_that_of_the_masked_tokens(masked, 
     printed = table(done.stdout)
     assert list(printed) == ["model", "uniform", "unigram"]
     trained = setup.load_run(str(workdir))
-    tokens = trained.tokenizer.encode(scripts.corpus.read_text())
+    tokens = trained.task.tokenizer.encode(scripts.corpus.read_text())
     loss = expected_loss(trained, tokens[int(len(tokens) * 0.9) :])
     np.testing.assert_allclose(printed["model"], [loss, np.exp(loss)], rtol=0, atol=2e-3)
     assert table((workdir / "report.md").read_text()) == printed

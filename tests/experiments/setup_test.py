@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import char_lm
 from experiments import cli, setup
+from experiments.text import Text, keep_text, load_text
 from qkv_jax import nn, training
 from qkv_jax.data import CharTokenizer
 from qkv_jax.models import Decoder, MaskedLanguageModel
@@ -135,13 +136,13 @@ def test_a_wrong_text_is_named_with_what_is_wrong(capsys, corpus, fields, conten
     if content is not None:
         corpus.write_bytes(content if isinstance(content, bytes) else content.encode())
     settings = setup.resolve(make_config(corpus, fields))
-    said = sentence(capsys, lambda: setup.load_text(settings.data))
+    said = sentence(capsys, lambda: load_text(settings.data))
     assert all(word in said for word in words), said
 
 
 def test_a_vocabulary_smaller_than_the_texts_names_what_it_lacks(capsys, corpus):
     settings = setup.resolve(make_config(corpus))
-    said = sentence(capsys, lambda: setup.load_text(settings.data, CharTokenizer("The cat sat")))
+    said = sentence(capsys, lambda: load_text(settings.data, CharTokenizer("The cat sat")))
     assert "'o'" in said, said
 
 
@@ -194,7 +195,7 @@ def test_help_lists_the_flags(scripts):
 def test_everything_works_in_plain_python_without_flags(corpus):
     config = make_config(corpus, SMALL)
     settings = setup.resolve(config)
-    text = setup.load_text(settings.data)
+    text = load_text(settings.data)
     assert text.tokenizer.decode(np.concatenate([text.train, text.validation])) == (
         corpus.read_text()
     )
@@ -214,15 +215,17 @@ def test_everything_works_in_plain_python_without_flags(corpus):
 
 
 def test_the_task_decides_the_model_which_knows_one_id_more_where_tokens_are_masked(corpus):
+    known = len(set(corpus.read_text()))
+
     def model_of(task):
         settings = setup.resolve(make_config(corpus, SMALL | {"task": task}))
-        graphdef, state = setup.abstract_state(settings, vocab_size=11)
+        graphdef, state = setup.abstract_state(settings, settings.task(settings).vocab_size)
         return settings, nn.merge(graphdef, state.params)
 
     settings, causal = model_of("causal_lm")
-    assert isinstance(causal, Decoder) and causal.config.vocab_size == 11
+    assert isinstance(causal, Decoder) and causal.config.vocab_size == known
     _, masked = model_of("masked_lm")
-    assert isinstance(masked, MaskedLanguageModel) and masked.config.vocab_size == 12
+    assert isinstance(masked, MaskedLanguageModel) and masked.config.vocab_size == known + 1
     for config in (causal.config, masked.config):
         assert config.context == settings.data.context == 13
         assert {name: getattr(config, name) for name in settings.model} == settings.model
@@ -240,23 +243,23 @@ def test_the_seed_makes_the_parameters(corpus):
 
 def test_a_run_is_bound_to_its_text_and_tokenizer(capsys, corpus, tmp_path):
     config = make_config(corpus)
-    text = setup.load_text(setup.resolve(config).data)
+    text = load_text(setup.resolve(config).data)
     run = open_run(tmp_path / "run", config)
-    setup.keep_text(run, text)
+    keep_text(run, text)
     before = files_of(run.path)
-    setup.keep_text(run, text)  # the same again
+    keep_text(run, text)  # the same again
 
     corpus.write_text("Another text, of the same name. " * 17)
-    other = setup.load_text(setup.resolve(config).data)
-    said = sentence(capsys, lambda: setup.keep_text(run, other))
+    other = load_text(setup.resolve(config).data)
+    said = sentence(capsys, lambda: keep_text(run, other))
     assert "another text" in said and text.corpus.sha256[:12] in said
 
-    retrained = setup.Text(text.corpus, CharTokenizer("xyz"), text.train, text.validation)
-    assert "another tokenizer" in sentence(capsys, lambda: setup.keep_text(run, retrained))
+    retrained = Text(text.corpus, CharTokenizer("xyz"), text.train, text.validation)
+    assert "another tokenizer" in sentence(capsys, lambda: keep_text(run, retrained))
     assert files_of(run.path) == before
 
     (run.path / "corpus.json").write_text('{"sha')
-    assert "corpus.json is damaged" in sentence(capsys, lambda: setup.keep_text(run, text))
+    assert "corpus.json is damaged" in sentence(capsys, lambda: keep_text(run, text))
 
 
 def test_a_trained_run_is_read_back_and_not_changed(finished):
@@ -276,7 +279,7 @@ def test_a_directory_without_a_run_or_a_checkpoint_is_named(capsys, corpus, tmp_
 
     config = make_config(corpus)
     run = open_run(tmp_path / "run", config)
-    setup.keep_text(run, setup.load_text(setup.resolve(config).data))
+    keep_text(run, load_text(setup.resolve(config).data))
     assert "there is no checkpoint" in sentence(capsys, lambda: setup.load_run(str(run.path)))
 
     run.tokenizer.write_text(json.dumps({"tokenizer": "char"}))

@@ -259,7 +259,7 @@ def test_ten_steps_on_masked_tokens_lower_the_loss(mixer):
     graphdef, _ = nn.split(abstract(MaskedLanguageModel, config))
     params = jax.jit(lambda: nn.split(MaskedLanguageModel(config, rngs=nnx.Rngs(0)))[1])()
     optimizer = optax.adam(2e-2)
-    loss = training.language_model_loss(graphdef)
+    loss = training.cross_entropy_loss(graphdef)
     step = jax.jit(training.make_train_step(loss, optimizer, seed=0))
     text = np.tile(np.random.RandomState(0).permutation(size), 9)
     batch = data.masked_windows(

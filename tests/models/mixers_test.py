@@ -137,7 +137,7 @@ def test_ten_steps_lower_the_loss(name):
     """A text that repeats: from log V towards 0."""
     graphdef, params = nn.split(Decoder(config_for(name), rngs=nnx.Rngs(0)))
     optimizer = optax.adam(2e-2)
-    loss = training.language_model_loss(graphdef)
+    loss = training.cross_entropy_loss(graphdef)
     step = jax.jit(training.make_train_step(loss, optimizer, seed=0))
     text = np.tile(np.random.RandomState(0).permutation(V), 9)
     windows = np.stack([text[i : i + T + 1] for i in range(4)])

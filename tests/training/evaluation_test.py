@@ -1,4 +1,4 @@
-"""The mean loss over batches, against NumPy."""
+"""The mean loss and accuracy over batches, against NumPy."""
 
 import numpy as np
 from flax import nnx
@@ -31,18 +31,39 @@ def numpy_losses(batch):
     return -np.take_along_axis(log_probabilities, batch["targets"][..., None], -1)[..., 0]
 
 
+def numpy_hits(batch):
+    return np.asarray(MODEL(batch["inputs"])).argmax(-1) == batch["targets"]
+
+
 def test_every_token_counts_once_and_there_is_no_dropout():
     graphdef, params = nn.split(MODEL)
-    mean = training.mean_loss(training.make_eval_step(graphdef), params, batches())
-    total = sum((numpy_losses(batch) * batch["weights"]).sum() for batch in batches())
-    assert isinstance(mean, float)
-    assert_close(mean, total / (2 * B * T + 3), dtype="float32")
+    means = training.mean_metrics(training.make_eval_step(graphdef), params, batches())
+    assert all(isinstance(mean, float) for mean in means.values())
+    for name, of in (("loss", numpy_losses), ("accuracy", numpy_hits)):
+        total = sum((of(batch) * batch["weights"]).sum() for batch in batches())
+        assert total > 0
+        assert_close(means[name], total / (2 * B * T + 3), dtype="float32")
 
 
 def test_batches_need_no_weights():
     graphdef, params = nn.split(MODEL)
     batch = next(batches())
     del batch["weights"]
-    total, number = training.make_eval_step(graphdef)(params, batch)
-    assert_close(total, numpy_losses(batch).sum())
-    assert number == B * T
+    sums = training.make_eval_step(graphdef)(params, batch)
+    assert_close(sums["loss"], numpy_losses(batch).sum())
+    assert sums["accuracy"] == numpy_hits(batch).sum() and sums["count"] == B * T
+
+
+def test_a_task_may_call_its_model_in_another_way():
+    graphdef, params = nn.split(MODEL)
+    batch = next(batches())
+    first = {"tokens": batch["inputs"], "targets": batch["targets"][:, 0]}  # one class a text
+
+    def predict(model, batch, rng):
+        return model(batch["tokens"], rng=rng)[:, 0]
+
+    sums = training.make_eval_step(graphdef, predict)(params, first)
+    assert_close(sums["loss"], numpy_losses(batch)[:, 0].sum())
+    assert sums["count"] == B
+    loss = training.cross_entropy_loss(graphdef, predict)(params, first, None)
+    assert_close(loss, numpy_losses(batch)[:, 0].mean())

@@ -39,7 +39,7 @@ def train_step(accumulate=1, dropout_rate=0.0, seed=0, jit=True):
         config = dataclasses.replace(CONFIG, dropout_rate=dropout_rate)
         graphdef, _ = nn.split(Decoder(config, rngs=nnx.Rngs(0)))
     step = training.make_train_step(
-        training.language_model_loss(graphdef), OPTIMIZER, seed=seed, accumulate=accumulate
+        training.cross_entropy_loss(graphdef), OPTIMIZER, seed=seed, accumulate=accumulate
     )
     return jax.jit(step) if jit else step
 
@@ -54,14 +54,14 @@ def losses(inputs, targets):
 
 
 def test_the_loss_is_the_mean_cross_entropy_in_nats():
-    loss = training.language_model_loss(GRAPHDEF)(PARAMS, batch(), None)
+    loss = training.cross_entropy_loss(GRAPHDEF)(PARAMS, batch(), None)
     assert_close(loss, losses(**batch()).mean())
     assert abs(float(loss) - np.log(V)) < 0.1  # small initial logits: almost uniform
 
 
 def test_weights_choose_the_tokens_that_count():
     weights = np.array([[1, 0, 2, 0, 0], [0, 1, 1, 1, 0.5]], np.float32)
-    loss = training.language_model_loss(GRAPHDEF)
+    loss = training.cross_entropy_loss(GRAPHDEF)
     weighted = loss(PARAMS, batch() | {"weights": weights}, None)
     assert_close(weighted, (losses(**batch()) * weights).sum() / weights.sum())
     ones = loss(PARAMS, batch() | {"weights": np.ones((B, T), np.float32)}, None)
@@ -73,7 +73,7 @@ def test_weights_choose_the_tokens_that_count():
 
 def test_a_step_is_the_optimizer_s_update_of_the_gradient():
     after, metrics = train_step()(state(), batch())
-    loss = lambda params: training.language_model_loss(GRAPHDEF)(params, batch(), None)  # noqa: E731
+    loss = lambda params: training.cross_entropy_loss(GRAPHDEF)(params, batch(), None)  # noqa: E731
     value, gradients = jax.jit(jax.value_and_grad(loss))(PARAMS)
     updates, opt_state = OPTIMIZER.update(gradients, OPTIMIZER.init(PARAMS), PARAMS)
     jax.tree.map(assert_close, after.params, optax.apply_updates(PARAMS, updates))

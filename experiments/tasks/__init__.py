@@ -1,0 +1,28 @@
+"""What a model learns: it decides the model, its batches, and what is measured and shown.
+
+Another task is another class in this package, with a name in `TASKS`, which `config.task` uses.
+"""
+
+from experiments.tasks.generated import Copying, Cue, GeneratedTask, Recall
+from experiments.tasks.masked import MaskedLM
+from experiments.tasks.task import Example, Task
+from experiments.tasks.text import CausalLM, TextTask
+
+TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "recall": Recall,
+    "cue": Cue,
+    "copying": Copying,
+}
+
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "Example",
+    "GeneratedTask",
+    "MaskedLM",
+    "Recall",
+    "Task",
+    "TextTask",
+]

@@ -1,0 +1,195 @@
+"""Sequences that a rule generates, some places of which have an answer: for decoders."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.tasks.task import Example, Task
+from qkv_jax import data, nn, training
+from qkv_jax.data.batches import Batch
+from qkv_jax.models import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from experiments.setup import Settings
+
+
+class GeneratedTask(Task):
+    """Batches are generated, new ones each step; a decoder is asked at places of weight 1."""
+
+    config, model = DecoderConfig, Decoder
+    kind = "A decoder"
+    unit = "answer"
+    reads = ("vocab_size",)
+    rule: ClassVar[str]  # a sentence
+
+    def __init__(self, settings: Settings):
+        super().__init__(settings)
+        self.vocab_size = settings.data.vocab_size
+        self.source = f"data: {self.sizes}, of {self.vocab_size:,} ids"
+        self.generate(0, 1, data.TRAINING)  # raises where the sizes do not fit
+
+    @property
+    def sizes(self) -> str:
+        """Of a row, in words."""
+        return f"{self.settings.data.context} tokens"
+
+    @abc.abstractmethod
+    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
+        """`inputs` and `targets`, int32 [B, T], and `weights`, float32 [B, T]: 1 at answers.
+
+        With `distances`, int32 [B, T], how far back an answer stands, it is also measured by that.
+        """
+
+    @property
+    def validation(self) -> str:
+        number = self.settings.train.eval_batches * self.settings.windows["batch_size"]
+        return f"{number:,} new sequences; {self.source}"
+
+    def train_batches(self, step: int) -> Batch:
+        number = self.settings.train.steps_per_dispatch
+        steps = [self._batch(step + i, data.TRAINING) for i in range(number)]
+        return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
+
+    def eval_batches(self) -> Iterator[Batch]:
+        for step in range(self.settings.train.eval_batches):
+            yield self._batch(step, data.EVALUATION)
+
+    def _batch(self, step: int, stream: int) -> Batch:
+        return self.generate(step, self.settings.windows["batch_size"], stream)
+
+    def measure(self, graphdef: nnx.GraphDef, params: nn.Params) -> dict[str, float]:
+        """Loss and accuracy over as many sequences as while training, but other ones.
+
+        Where answers have distances, also `accuracy_16`, of those at 9 to 16, and so on by powers
+        of two.
+        """
+        eval_step = training.make_eval_step(graphdef, self.predict)
+        number = self.settings.train.eval_batches
+        batches = [self._batch(step, data.TEST) for step in range(number)]
+        scores = training.mean_metrics(eval_step, params, batches)
+        if "distances" not in batches[0]:
+            return scores
+        farthest = max(batch["distances"].max() for batch in batches)
+        low, high = 0, 8
+        while low < farthest:
+            near = [_only(batch, low, high) for batch in batches]
+            if any(batch["weights"].any() for batch in near):
+                found = training.mean_metrics(eval_step, params, near)
+                scores[f"accuracy_{high}"] = found["accuracy"]
+            low, high = high, 2 * high
+        return scores
+
+    def floors(self) -> dict[str, float]:
+        return {"uniform": float(np.log(self.vocab_size))}
+
+    def describe(self, scores: dict[str, float]) -> list[str]:
+        rows = [
+            f"| at most {name.removeprefix('accuracy_')} tokens back | {value:.4f} |"
+            for name, value in scores.items()
+            if name.startswith("accuracy_")
+        ]
+        return [
+            "## Answers",
+            "",
+            "| answers | accuracy |",
+            "|---|---:|",
+            f"| all | {scores['accuracy']:.4f} |",
+            *rows,
+            "",
+            f"{scores['loss']:.4f} nats per answer, over {self.validation}. {self.rule}",
+        ]
+
+    def sample(self, graphdef: nnx.GraphDef, params: nn.Params) -> tuple[str, str]:
+        """One sequence, with the answer that the model gives wherever one is wanted."""
+        batch = self._batch(0, data.TEST)
+        apply = jax.jit(lambda tokens: nn.merge(graphdef, params)(tokens))
+        answers = np.asarray(apply(batch["inputs"][:1]).argmax(-1))[0]
+        words = []
+        for token, target, answer, wanted in zip(
+            batch["inputs"][0], batch["targets"][0], answers, batch["weights"][0], strict=True
+        ):
+            words.append(self.label(token))
+            if wanted:
+                right = answer == target
+                said = self.label(answer)
+                words.append(f"[{said}]" if right else f"[{said}, not {self.label(target)}]")
+        return " ".join(words), "A sequence, with the model's answers in brackets."
+
+    def label(self, token: int) -> str:
+        """A token, for a person to read."""
+        return str(token)
+
+    def example(self) -> Example | None:
+        tokens = self._batch(0, data.TEST)["inputs"][0]
+        if len(tokens) > 64:  # too small to see
+            return None
+        return Example(tokens, [self.label(token) for token in tokens])
+
+    def about_data(self) -> list[str]:
+        return [f"- data: {self.source}; {self.rule}"]
+
+
+class Recall(GeneratedTask):
+    """Multi-query associative recall: `qkv_jax.data.recall`."""
+
+    reads = ("vocab_size", "num_pairs")
+    rule = "Each row shows keys with their values; asked by a key again, answer with its value."
+
+    @property
+    def sizes(self) -> str:
+        number = self.settings.data.num_pairs
+        return f"{number} pairs of a key and a value in {self.settings.data.context} tokens"
+
+    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
+        return data.recall(
+            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
+            context=self.settings.data.context, num_pairs=self.settings.data.num_pairs,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
+
+    def label(self, token: int) -> str:
+        half = self.vocab_size // 2
+        return "." if token == 0 else f"k{token}" if token < half else f"v{token - half}"
+
+
+class Cue(GeneratedTask):
+    """One symbol in noise: `qkv_jax.data.cue`."""
+
+    rule = "One token of a row is no noise; at the end, answer with it."
+
+    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
+        return data.cue(
+            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
+            context=self.settings.data.context, vocab_size=self.vocab_size,
+        )  # fmt: skip
+
+    def label(self, token: int) -> str:
+        half = self.vocab_size // 2
+        return "?" if token == 0 else f"c{token}" if token < half else "."
+
+
+class Copying(GeneratedTask):
+    """A row of symbols, and the same again: `qkv_jax.data.copying`."""
+
+    rule = "After the mark, repeat all symbols before it."
+
+    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
+        return data.copying(
+            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
+            context=self.settings.data.context, vocab_size=self.vocab_size,
+        )  # fmt: skip
+
+    def label(self, token: int) -> str:
+        return "|" if token == 0 else str(token)
+
+
+def _only(batch: Batch, low: int, high: int) -> Batch:
+    """The batch with the answers alone that stand more than `low` and at most `high` back."""
+    near = (batch["distances"] > low) & (batch["distances"] <= high)
+    return batch | {"weights": batch["weights"] * near}

@@ -1,0 +1,107 @@
+"""A model that fills in hidden tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.tasks.text import TextTask
+from qkv_jax import data, nn
+from qkv_jax.data.batches import Batch
+from qkv_jax.models import EncoderConfig, MaskedLanguageModel
+
+BLANK = "□"
+
+
+class MaskedLM(TextTask):
+    """Hidden tokens, from those on both sides. The mask's id follows the tokenizer's ids."""
+
+    config, model, own_ids = EncoderConfig, MaskedLanguageModel, 1
+    reads = (*TextTask.reads, "mask_rate")
+    continues_text = False
+    floor_names = ("uniform", "unigram")
+    kind = "An encoder"
+    unit = "masked token"
+    about_loss = (
+        "It is the mean over the masked tokens alone, the same ones in every evaluation (of these "
+        "80 % are hidden, 10 % replaced and 10 % kept), and each may be guessed from both sides: "
+        "it is neither a decoder's loss nor the probability of a text."
+    )
+
+    def train_batches(self, step: int) -> Batch:
+        return data.stacked_masked_windows(
+            self.text.train,
+            step=step,
+            num_steps=self.settings.train.steps_per_dispatch,
+            **self.settings.windows,
+            **self._masking,
+        )
+
+    def eval_batches(self) -> Iterator[Batch]:
+        for step in range(self.settings.train.eval_batches):
+            yield data.masked_windows(
+                self.text.validation,
+                step=step,
+                stream=data.EVALUATION,
+                **self.settings.windows,
+                **self._masking,
+            )
+
+    def all_batches(self) -> Iterator[Batch]:
+        return data.sequential_masked_windows(
+            self.text.validation,
+            batch_size=self.settings.train.batch_size,
+            context=self.settings.data.context,
+            **self._masking,
+        )
+
+    def sample(self, graphdef: nnx.GraphDef, params: nn.Params) -> tuple[str, str]:
+        """The validation text's beginning with blanks, and filled in."""
+        masking, context = self._masking, self.settings.data.context
+        tokens = self.text.validation[: self.settings.train.sample_tokens]
+        if len(tokens) > context:
+            tokens = tokens[: len(tokens) // context * context]  # whole windows
+        (batch,) = data.sequential_masked_windows(
+            tokens, batch_size=max(1, len(tokens) // context), context=context, **masking
+        )
+        blank = batch["weights"] == 1
+        apply = jax.jit(lambda tokens: nn.merge(graphdef, params)(tokens))
+        logits = apply(np.where(blank, masking["mask_id"], batch["targets"]))
+        answers = np.asarray(logits[..., : masking["mask_id"]].argmax(-1))[blank]
+        targets = batch["targets"][blank]
+        filled = batch["targets"].copy()
+        filled[blank] = answers
+
+        decode = self.tokenizer.decode
+        wrong = [
+            f"{decode([answer])!r} for {decode([target])!r}"
+            for answer, target in zip(answers, targets, strict=True)
+            if answer != target
+        ]
+        right = f"{len(answers) - len(wrong)} of {len(answers)} are right"
+        lines = [_with_blanks(self.tokenizer, tokens, blank.ravel())]
+        lines += [f"--- filled in by the model: {right} ---", decode(filled.ravel())]
+        if wrong:
+            lines += ["--- wrong ---", ", ".join(wrong)]
+        about = (
+            f"The beginning of the validation text with blanks ({BLANK}), one for each hidden "
+            "token, and with the model's likeliest tokens in their places."
+        )
+        return "\n".join(lines), about
+
+    def stack(self, model: nnx.Module) -> nnx.Module:
+        return model.encoder
+
+    @property
+    def _masking(self) -> dict[str, Any]:
+        return {"mask_id": self.tokenizer.vocab_size, "mask_rate": self.settings.data.mask_rate}
+
+
+def _with_blanks(tokenizer: data.Tokenizer, tokens: np.ndarray, blank: np.ndarray) -> str:
+    edges = np.flatnonzero(np.diff(blank)) + 1
+    return "".join(
+        BLANK * len(run) if hidden[0] else tokenizer.decode(run)
+        for run, hidden in zip(np.split(tokens, edges), np.split(blank, edges), strict=True)
+    )

@@ -1,0 +1,111 @@
+"""What all tasks have in common: see `TASKS` in this package."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qkv_jax import nn, training
+from qkv_jax.data.batches import Batch
+from qkv_jax.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from experiments.setup import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Something that a trained model reads while its attention is drawn."""
+
+    tokens: np.ndarray  # int32 [T]
+    labels: Sequence[str]  # of the tokens
+
+
+class Task(abc.ABC):
+    """All that differs between runs that learn different things.
+
+    A task decides the model, its batches, what is measured at the end, and what a person is shown.
+
+    Args:
+      settings: of the run.
+
+    Raises:
+      ValueError: what the settings name cannot be learnt from.
+    """
+
+    config: ClassVar[type]  # of the model
+    model: ClassVar[type[nnx.Module]]  # (config, rngs=...)
+    reads: ClassVar[tuple[str, ...]]  # the fields of config.data that it reads, beside `context`
+    unit: ClassVar[str]  # what a loss is the mean over
+    kind: ClassVar[str]  # of model, in words
+
+    vocab_size: int  # ids that the model knows
+    source: str  # what is learnt from, in a line
+    validation: str  # what `measure` looks at, in words
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    @classmethod
+    def of_run(cls, settings: Settings, run: RunDirectory) -> Self:
+        """The task of a run that has been trained."""
+        del run
+        return cls(settings)
+
+    def keep(self, run: RunDirectory) -> None:  # noqa: B027  a rule needs no more than the config
+        """Writes what identifies the data into a run, or checks that it is what stands there.
+
+        Raises:
+          ValueError: the run was trained on other data.
+        """
+
+    # --- While training ---
+
+    @abc.abstractmethod
+    def train_batches(self, step: int) -> Batch:
+        """The batches of one dispatch, from `step` on: [steps, B, ...]."""
+
+    @abc.abstractmethod
+    def eval_batches(self) -> Iterator[Batch]:
+        """Batches that were not trained on, the same each time: for looking while training."""
+
+    @staticmethod
+    def predict(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """The model's logits for the batch's targets."""
+        return training.predict_tokens(model, batch, rng)
+
+    # --- At the end ---
+
+    @abc.abstractmethod
+    def measure(self, graphdef: nnx.GraphDef, params: nn.Params) -> dict[str, float]:
+        """How well the model does, by name: `loss` in nats per `unit`, and more."""
+
+    @abc.abstractmethod
+    def describe(self, scores: dict[str, float]) -> list[str]:
+        """The lines of Markdown that say what `measure` returned."""
+
+    def floors(self) -> dict[str, float]:
+        """The losses of predictors without a network."""
+        return {}
+
+    def sample(self, graphdef: nnx.GraphDef, params: nn.Params) -> tuple[str, str]:
+        """What the model does, for a person to read, and a sentence about it."""
+        return "", ""
+
+    def example(self) -> Example | None:
+        """What the attention is drawn for; None: nothing."""
+        return None
+
+    def stack(self, model: nnx.Module) -> nnx.Module:
+        """The part of the model that `attention_maps` looks at."""
+        return model
+
+    @abc.abstractmethod
+    def about_data(self) -> list[str]:
+        """Lines that say what was trained on."""
