@@ -6,7 +6,7 @@
 MAKEFLAGS += --no-builtin-rules
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench test test-all lint docs
+.PHONY: help setup train bench results test test-all lint docs
 
 ARGS ?=
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
@@ -36,6 +36,9 @@ train: $(venv)/.installed-requirements  ## train the default model; resumes wher
 
 bench: $(venv)/.installed-requirements  ## time what the README's tables claim
 	$(script) experiments.benchmark $(or $(ARGS),train)
+
+results: $(venv)/.installed-requirements  ## write the README's table of studies from results/
+	$(script) experiments.results
 
 test: $(venv)/.installed-requirements-test  ## run the tests, except the slow ones and the oracles
 	$(quick) $(pytest) -m "not slow and not oracle" $(ARGS)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 LIGHT_BLUE = "#8FC1E0"
+PALETTE = (
+    BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#1F2933", "#9A6324", "#7A5195",
+    "#A0A000",
+)  # fmt: skip
 INK, MUTED, HAIRLINE, HIDDEN = "#1F2933", "#697586", "#E3E8EF", "#E9ECF0"
 
 SEQUENTIAL = "Blues"  # weights: nothing is white

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from experiments.benchmark_growth import Growth, cell, slope
 from experiments.benchmark_table import figure
+from experiments.results import END, START, with_table
+from experiments.studies import STUDIES
+from experiments.studies.report import RECORD
 from qkv_jax.models import MIXERS
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +30,19 @@ def test_the_readme_lists_every_mixer_with_what_was_measured():
             "-" if rate is None else figure(rate),
         ]  # fmt: skip
         assert rows[growth.name] == wanted, growth.name
+
+
+def test_the_readmes_table_of_studies_is_that_of_their_reports():
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text, ROOT / "results") == text, "run make results"
+
+
+def test_a_row_of_a_study_says_claim_figures_and_verdict(tmp_path):
+    name = next(iter(STUDIES))
+    record = {"claim": "C", "ours": "1", "published": "2", "source": "S", "verdict": "holds"}
+    (tmp_path / "results" / name).mkdir(parents=True)
+    (tmp_path / "results" / name / RECORD).write_text(json.dumps(record))
+    text = with_table(f"before\n{START}\nold\n{END}\nafter", tmp_path / "results")
+    row = f"| [`{name}`](results/{name}/report.md) | C | 1 | 2 (S) | **holds** |"
+    before, start, _, _, found, end, after = text.splitlines()
+    assert (before, start, found, end, after) == ("before", START, row, END, "after")

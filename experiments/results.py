@@ -1,0 +1,44 @@
+"""Writes the README's table of studies from the reports in results/.
+
+python -m experiments.results
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app
+
+from experiments.benchmark_table import line
+from experiments.studies import STUDIES
+from experiments.studies.report import RECORD, REPORT
+from qkv_jax.training.run_directory import write_text_atomic
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- studies: make results -->", "<!-- /studies -->"
+
+
+def main(_) -> None:
+    readme = ROOT / "README.md"
+    write_text_atomic(readme, with_table(readme.read_text(encoding="utf-8"), ROOT / "results"))
+
+
+def with_table(readme: str, results: Path) -> str:
+    """The README with a row for each study that has a report in the folder."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    lines = [START, line(["study", "claim", "ours", "published", "verdict"]), "|---" * 5 + "|"]
+    for name in STUDIES:
+        path = results / name / RECORD
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            link = f"[`{name}`]({results.name}/{name}/{REPORT})"
+            published = f"{found['published']} ({found['source']})"
+            lines.append(
+                line([link, found["claim"], found["ours"], published, f"**{found['verdict']}**"])
+            )
+    return "".join([before, "\n".join(lines), "\n", END, after])
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

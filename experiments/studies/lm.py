@@ -1,0 +1,71 @@
+"""Judges `configs/lm.py`: loss by mixer, and by ingredient of the recipe."""
+
+import itertools
+from collections.abc import Sequence
+
+from experiments.studies.study import Findings, Line
+from qkv_jax import viz
+from qkv_jax.viz import Panel
+
+FIXED = ("LSTM", "GRU", "gated convolution", "Hyena", "linear attention", "RetNet", "Mamba-2")
+HYBRID = "gated DeltaNet 3 : 1 attention"
+TIE = 0.01  # nats per character that count as nothing
+
+
+def judge(lines: Sequence[Line]) -> Findings:
+    """Whether attention is ahead, the hybrid with it, and the recipe's ladder goes down."""
+    mixers, recipe = _rows(lines)
+    attention = mixers["attention"].mean("loss")
+    ahead = {name: mixers[name].mean("loss") - attention for name in FIXED}
+    hybrid = mixers[HYBRID].mean("loss") - attention
+    steps = {
+        name: line.mean("loss") - before.mean("loss")
+        for (_, before), (name, line) in itertools.pairwise(recipe.items())
+    }
+    failed = [name for name, difference in ahead.items() if difference <= 0]
+    failed += [HYBRID] if hybrid > TIE else []
+    failed += [name for name, difference in steps.items() if difference >= 0]
+    margin = (
+        f"Attention reaches {attention:.3f} nats per character; beside it: "
+        + ", ".join(f"{name} {difference:+.3f}" for name, difference in ahead.items())
+        + f", the hybrid {hybrid:+.3f}. The recipe, step by step: "
+        + ", ".join(f"{name} {difference:+.3f}" for name, difference in steps.items())
+        + "."
+    )
+    if failed:
+        margin += f" Not as claimed: {', '.join(failed)}."
+    return Findings(
+        holds=not failed,
+        ours="nats per character: "
+        + ", ".join(f"{name} {line.mean('loss'):.3f}" for name, line in (mixers | recipe).items()),
+        margin=margin,
+        figures={"loss": _figure(mixers, recipe)},
+        captions={
+            "loss": "Claimed: attention and the hybrid at the bottom on the left, and a staircase "
+            "down on the right."
+        },
+    )
+
+
+def _rows(lines: Sequence[Line]) -> tuple[dict[str, Line], dict[str, Line]]:
+    rows: dict[str, dict[str, Line]] = {"mixer": {}, "recipe": {}}
+    for line in lines:
+        kind, _, name = line.name.partition(": ")
+        rows[kind][name] = line
+    return rows["mixer"], rows["recipe"]
+
+
+def _figure(mixers: dict[str, Line], recipe: dict[str, Line]):
+    cost = {
+        name: [(line.mean(lambda r: r.milliseconds_per_step or 0), line.mean("loss"))]
+        for name, line in mixers.items()
+    }
+    ladder = [(i, line.mean("loss"), line.spread("loss")) for i, line in enumerate(recipe.values())]
+    return viz.lines_figure(
+        [
+            Panel("mixers", cost, "ms a step"),
+            Panel("recipe, from GPT-2 on", {"one more ingredient each": ladder}, "ingredients"),
+        ],
+        y_label="nats per character",
+        title="One text, the same number of steps",
+    )

@@ -1,0 +1,127 @@
+"""Judges `configs/recall.py`: accuracy of recall by mixer, length and width."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.studies.study import Findings, Line
+from qkv_jax import viz
+from qkv_jax.viz import Panel
+
+EXACT = 0.99  # accuracy that counts as recalling everything
+
+# Arora et al. 2023, figure 2, read off the picture (+- 0.02): N -> name -> accuracy by width.
+WIDTHS = (64, 128, 256, 512)
+PUBLISHED = {
+    64: {
+        "attention": (1, 1, 1, 1), "Hyena": (0.52, 0.75, 0.84, 0.87),
+        "RWKV": (0.76, 0.94, 0.97, 0.99), "BaseConv": (0.70, 0.94, 0.97, 1.00),
+    },
+    128: {
+        "attention": (1, 1, 1, 1), "Hyena": (0.18, 0.65, 0.74, 0.84),
+        "RWKV": (0.18, 0.50, 0.75, 0.93), "BaseConv": (0.37, 0.62, 0.84, 0.96),
+    },
+    256: {
+        "attention": (1, 1, 1, 1), "Hyena": (0.05, 0.13, 0.54, 0.69),
+        "RWKV": (0.05, 0.06, 0.67, 0.79), "BaseConv": (0.14, 0.33, 0.81, 0.94),
+    },
+}  # fmt: skip
+
+
+def judge(lines: Sequence[Line]) -> Findings:
+    """Whether attention recalls all, and the others less with length and more with width."""
+    table = _table(lines)
+    lengths = sorted({length for _, length, _ in table})
+    widths = sorted({width for _, _, width in table})
+    others = [name for name in dict.fromkeys(name for name, *_ in table) if name != "attention"]
+
+    def over(name: str, *, length: int | None = None, width: int | None = None) -> float:
+        """The mean accuracy over what is not given."""
+        return float(np.mean([
+            line.mean("accuracy") for (n, N, D), line in table.items()
+            if n == name and length in (None, N) and width in (None, D)
+        ]))  # fmt: skip
+
+    worst = min(line.mean("accuracy") for (name, *_), line in table.items() if name == "attention")
+    first, last = lengths[0], lengths[-1]
+    drop = {name: over(name, length=first) - over(name, length=last) for name in others}
+    rise = {name: over(name, width=widths[-1]) - over(name, width=widths[0]) for name in others}
+    falling = np.mean(list(drop.values())) > 0 and np.mean(list(rise.values())) > 0
+    exact = [name for name in others if over(name, length=last) >= EXACT]
+    margin = (
+        f"Attention's lowest accuracy is {worst:.3f} (wanted: {EXACT}). From N = {first} to {last} "
+        f"the others lose {np.mean(list(drop.values())):.2f} on average, from width {widths[0]} to "
+        f"{widths[-1]} they gain {np.mean(list(rise.values())):.2f}."
+    )
+    if exact:
+        margin += f" {' and '.join(exact)} recall{'s' * (len(exact) == 1)} all at N = {last} too."
+    at = widths[-1]
+    ours = f"N = {' / '.join(map(str, lengths))} at width {at}: " + ", ".join(
+        f"{name} " + " / ".join(f"{table[name, N, at].mean('accuracy'):.2f}" for N in lengths)
+        for name in ("attention", *others)
+    )
+    return Findings(
+        holds=bool(worst >= EXACT and falling),
+        ours=ours,
+        margin=margin,
+        figures={"accuracy": _accuracy(table, lengths), "state": _state(table)},
+        captions={
+            "accuracy": "Claimed: attention alone is at the top everywhere, the others rise with "
+            "width and sink with length. The panels on the left are ours, those on the "
+            "right are the paper's.",
+            "state": "Claimed: what a model can recall is bounded by the numbers it keeps. Each "
+            "point is a run; attention keeps every key and value.",
+        },
+        notes=[
+            "The loss falls suddenly in this task: a run that has found no way to look a key up "
+            "stays near chance, so an accuracy between 0.1 and 0.9 says how far training got as "
+            "much as what a state can hold."
+        ],
+    )
+
+
+def _table(lines: Sequence[Line]) -> dict[tuple[str, int, int], Line]:
+    """(mixer's name, N, width) -> results."""
+    return {
+        (
+            line.name.partition(",")[0], line.fields["data.context"], line.fields["model.width"],
+        ): line
+        for line in lines
+    }  # fmt: skip
+
+
+def _accuracy(table: dict[tuple[str, int, int], Line], lengths: Sequence[int]):
+    ours, theirs = [], []
+    for length in lengths:
+        points: dict[str, list] = {}
+        for (name, N, D), line in table.items():
+            if length == N:
+                points.setdefault(name, []).append(
+                    (D, line.mean("accuracy"), line.spread("accuracy"))
+                )
+        ours.append(Panel(f"ours, N = {length}", points, "width"))
+        if length in PUBLISHED:
+            published = {
+                name: list(zip(WIDTHS, values, strict=True))
+                for name, values in PUBLISHED[length].items()
+            }
+            theirs.append(Panel(f"paper, N = {length}", published, "width"))
+    return viz.lines_figure(
+        [*ours, *theirs], y_label="accuracy", log_x=True, y_limits=(-0.03, 1.05),
+        title="Multi-query associative recall",
+    )  # fmt: skip
+
+
+def _state(table: dict[tuple[str, int, int], Line]):
+    panels = []
+    for length in sorted({N for _, N, _ in table}):
+        points: dict[str, list] = {}
+        for (name, N, _), line in table.items():
+            size = line.results[0].state_size
+            if length == N and size is not None:
+                points.setdefault(name, []).append((size, line.mean("accuracy")))
+        panels.append(Panel(f"N = {length}", points, "numbers kept to decode a token"))
+    return viz.lines_figure(
+        panels, y_label="accuracy", log_x=True, y_limits=(-0.03, 1.05),
+        title="Recall against the size of the state",
+    )  # fmt: skip

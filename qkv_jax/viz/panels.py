@@ -1,0 +1,109 @@
+"""Lines in panels side by side, with one legend: what was measured beside what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qkv_jax.viz import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vP*X<>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Axes with lines.
+
+    Args:
+        title: above the axes.
+        lines: name -> points (x, y), or (x, y, half of the spread of y).
+        x_label: under the axes.
+        levels: name -> y of a horizontal line, for what does not depend on x.
+    """
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    x_label: str
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@style.house_style()
+def lines_figure(
+    panels: Sequence[Panel],
+    *,
+    y_label: str,
+    title: str | None = None,
+    log_x: bool = False,
+    y_limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Panels in a row that share the vertical axis; a name has the same colour in each.
+
+    Args:
+        panels: at least one, each with at least one line.
+        y_label: of the shared axis.
+        title: above all panels.
+        log_x: whether x is on a logarithmic axis, base 2.
+        y_limits: of the shared axis; None: what the lines need.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        ValueError: no panel, or one without a line.
+    """
+    if not panels or not all(panel.lines for panel in panels):
+        raise ValueError("panels: wanted at least one, each with a line")
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    look = {
+        name: {"color": style.PALETTE[i % len(style.PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(names)
+    }
+    fig = style.new_figure(1.6 + 2.5 * len(panels), 3.4, layout="constrained")
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw(ax, panel, look, log_x)
+    axes[0].set_ylabel(y_label)
+    if y_limits is not None:
+        axes[0].set_ylim(*y_limits)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    handles = {}
+    for ax in axes:
+        handles |= {
+            label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+    fig.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8.5)
+    return fig
+
+
+def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_x: bool) -> None:
+    for name, points in panel.lines.items():
+        columns = list(zip(*sorted(points), strict=True))
+        spread = columns[2] if len(columns) > 2 else None
+        ax.errorbar(
+            columns[0], columns[1], yerr=spread, label=name, linewidth=1.5, markersize=4.5,
+            capsize=2, elinewidth=0.8, **look[name],
+        )  # fmt: skip
+    for name, level in panel.levels.items():
+        ax.axhline(level, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            name, (0.02, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
+            textcoords="offset points", color=style.MUTED, fontsize=7.5,
+        )  # fmt: skip
+    ax.set_title(panel.title, loc="left")
+    ax.set_xlabel(panel.x_label)
+    if log_x:
+        ax.set_xscale("log", base=2)
+        ticks = sorted({x for points in panel.lines.values() for x, *_ in points})
+        if len(ticks) <= 6:
+            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.minorticks_off()
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(axis="y", color=style.HAIRLINE, linewidth=0.7)
+    ax.set_axisbelow(True)

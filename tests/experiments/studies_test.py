@@ -1,0 +1,328 @@
+"""Studies: every config is one, its runs train, what they find is judged and reported as said."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+
+from configs import char_lm
+from configs import study as base
+from experiments.studies import STUDIES, Result, Study, by_run, distance, listing, lm, report
+from experiments.studies import training as study_training
+from qkv_jax.training.run_directory import read_config
+from tests.experiments.runs import ROOT, assert_one_sentence
+
+NAMES = list(STUDIES)
+
+
+def config_of(name, size="small"):
+    return importlib.import_module(f"configs.{name}").get_config(size)
+
+
+def study_of(name, folder, size="small", **fields):
+    config = config_of(name, size)
+    config.update_from_flattened_dict(fields)
+    return Study.from_config(config, folder)
+
+
+def result_of(run, accuracy=0.5, loss=1.0, state_size=100):
+    return Result(
+        run, {"loss": loss, "accuracy": accuracy}, parameters=7, steps=3, seconds=2.0,
+        milliseconds_per_step=1.5, peak_memory_bytes=10**8, state_size=state_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", base.SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_of_every_study_is_checked_and_differs_from_the_others(name, size, tmp_path):
+    study = study_of(name, tmp_path, size)
+    assert study.name == name and study.size == size and study.minutes > 0
+    assert all((study.claim, study.published, study.source))
+    assert len({run.workdir for run in study.runs}) == len(study.runs)
+    assert len({str(run.config) for run in study.runs}) == len(study.runs)
+    if size == "small":
+        assert study.minutes <= 25
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_every_study_trains_and_leaves_its_result(scripts, name, tmp_path):
+    few = {
+        "base.train.num_steps": 2, "base.train.eval_every": 2, "base.train.eval_batches": 1,
+        "base.train.steps_per_dispatch": 1, "base.train.log_every": 1,
+        "base.train.batch_size": 2, "base.train.sample_tokens": 3,
+    }  # fmt: skip
+    if name not in ("recall", "distance"):  # a shorter text
+        few |= {"base.data.corpus": "text_file", "base.data.path": str(scripts.corpus)}
+    run = study_of(name, tmp_path, **few).runs[0]
+    said = []
+    assert study_training.train([run], jobs=1, say=said.append) == {}
+    result = run.result()
+    assert read_config(run.directory, char_lm.get_config()) == run.config  # the flags made it
+    assert result.steps == 2 and "loss" in result.scores and result.parameters > 0
+    assert run.name in said[0] and "after 2 steps" in said[0]
+    # Once finished, it is not trained again.
+    shutil.rmtree(run.workdir / "checkpoints")
+    assert study_training.train([run], jobs=1, say=said.append) == {}
+    assert not (run.workdir / "checkpoints").exists() and "1 of 1" in said[-1]
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    study = study_of("projections", tmp_path, **{"base.data.corpus": "text_file"})
+    failed = study_training.train(study.runs[:1], jobs=1, say=lambda _: None)
+    ((name, reason),) = failed.items()
+    assert name == "Q, K, V, seed 0"
+    assert "corpus 'text_file'" in reason and reason.endswith(".log")
+
+
+def judged(name, folder, of_run):
+    study = study_of(name, folder)
+    lines = by_run(of_run(run) for run in study.runs)
+    return study, lines, STUDIES[name](lines)
+
+
+def recalled(attention, others):
+    def of_run(run):
+        wide, far = run.fields["model.width"] > 32, run.fields["data.context"] // 64
+        accuracy = attention if run.name.startswith("attention") else others(wide, far)
+        return result_of(run, accuracy, state_size=10 * run.fields["model.width"])
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, holds, words",
+    [
+        (recalled(0.995, lambda wide, far: (0.4 + 0.2 * wide) / far), True, ["0.995"]),
+        (recalled(0.98, lambda wide, far: (0.4 + 0.2 * wide) / far), False, ["0.980"]),
+        (recalled(1.0, lambda wide, far: 0.3), False, ["lose 0.00", "gain 0.00"]),
+        (recalled(1.0, lambda wide, far: 0.3 * far), False, ["lose -0.90"]),
+        (recalled(1.0, lambda wide, far: 1.0), False, ["recall all at N = 256 too"]),
+    ],
+)
+def test_recall_is_judged_by_attention_and_by_how_the_others_fall(tmp_path, of_run, holds, words):
+    _, _, findings = judged("recall", tmp_path, of_run)
+    assert findings.holds == holds
+    assert all(word in findings.margin for word in words), findings.margin
+    assert findings.ours.startswith("N = 64 / 128 / 256 at width 64: attention ")
+
+
+def losses(**by_name):
+    def of_run(run):
+        shared = run.fields.get("model.share_kv", False)
+        loss = 1.5 + by_name.get(run.name, 0) + 0.001 * run.seed
+        return result_of(run, loss=loss, state_size=50 if shared else 100)
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, holds",
+    [
+        (losses(**{"K = V": 0.03, "Q = K": 0.08}), True),
+        (losses(**{"K = V": 0.06, "Q = K": 0.08}), False),  # exp(0.06) - 1 > 5 %
+        (losses(**{"K = V": 0.03, "Q = K": 0.02}), False),
+    ],
+)
+def test_projections_are_judged_by_perplexity(tmp_path, of_run, holds):
+    _, _, findings = judged("projections", tmp_path, of_run)
+    assert findings.holds == holds
+    assert "K = V: +" in findings.ours and "50% of the cache saved" in findings.ours
+
+
+def by_size(heads, dims, layers):
+    def of_run(run):
+        number = int("".join(c for c in run.name.split(" of ")[0] if c.isdigit()))
+        kind = heads if "heads" in run.name else dims if "d_k" in run.name else layers
+        return result_of(run, loss=kind(number) + 0.001 * run.seed)
+
+    return of_run
+
+
+def falling(number):
+    return 1.6 - number / 1e3
+
+
+def valley(number):
+    return 1.5 + 0.1 * abs(number - 4) / 4
+
+
+@pytest.mark.parametrize(
+    "of_run, holds, words",
+    [
+        (by_size(valley, falling, falling), True, "4 heads are best"),
+        (by_size(falling, falling, falling), False, "32 heads are best"),
+        (by_size(valley, lambda d: 1.4 + d / 1e3, falling), False, "d_k from 4 to 64"),
+    ],
+)  # fmt: skip
+def test_heads_are_judged_by_a_valley_and_two_falls(tmp_path, of_run, holds, words):
+    _, _, findings = judged("heads", tmp_path, of_run)
+    assert findings.holds == holds and words in findings.margin, findings.margin
+    # The run that all three rows share is in each.
+    assert "d_k 4 / 8 / 16 / 32 / 64: " in findings.ours
+    assert "layers 1 / 2 / 4 / 8: " in findings.ours
+
+
+def extrapolated(none=1.5, masked=3.0, alibi=1.45):
+    far = {"sinusoidal": 3.0, "rotary": 2.0, "T5": 1.6, "ALiBi": alibi, "none": 4.0}
+
+    def of_run(run):
+        kind, _, name = run.name.partition(", ")
+        if kind == "masked":
+            return result_of(run, loss=masked if name == "none" else 1.4)
+        result = result_of(run, loss=none if name == "none" else 1.5)
+        if name in far:
+            result.scores.update({f"loss_{n}x": 1.5 + (far[name] - 1.5) * n / 8 for n in (2, 4, 8)})
+        if name == "rotary":
+            result.scores.update({f"interpolated_{n}x": 1.6 for n in (2, 4, 8)})
+        return result
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, failed",
+    [
+        (extrapolated(), ""),
+        (extrapolated(alibi=1.7), "the order, ALiBi's steadiness"),
+        (extrapolated(none=1.6), "causal models' indifference"),
+        (extrapolated(masked=1.5), "bidirectional models' collapse"),
+    ],
+)
+def test_positions_are_judged_part_by_part(tmp_path, of_run, failed):
+    _, _, findings = judged("positions", tmp_path, of_run)
+    assert findings.holds == (not failed)
+    assert (f"Not as claimed: {failed}." if failed else "times the best.") in findings.margin
+
+
+def modelled(lstm=1.6, hybrid=1.5, softcap=-0.01):
+    def of_run(run):
+        kind, _, name = run.name.partition(": ")
+        if kind == "mixer":
+            return result_of(
+                run, loss={"LSTM": lstm, lm.HYBRID: hybrid, "attention": 1.5}.get(name, 1.7)
+            )
+        rung = [other.name for other in ladder].index(run.name)
+        return result_of(run, loss=1.9 - 0.01 * rung - (softcap + 0.01) * (name == "+ softcap"))
+
+    ladder = [run for run in study_of("lm", ROOT / "runs").runs if run.name.startswith("recipe")]
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, failed",
+    [
+        (modelled(), ""),
+        (modelled(lstm=1.49), "LSTM"),
+        (modelled(hybrid=1.52), lm.HYBRID),
+        (modelled(softcap=-0.04), "+ softcap"),
+    ],
+)
+def test_language_models_are_judged_by_mixer_and_by_rung(tmp_path, of_run, failed):
+    _, _, findings = judged("lm", tmp_path, of_run)
+    assert findings.holds == (not failed), findings.margin
+    assert not failed or f"Not as claimed: {failed}." in findings.margin, findings.margin
+    assert "Muon -0.010" in findings.margin
+
+
+def answered(attention, others):
+    def of_run(run):
+        result = result_of(run)
+        accuracy = (lambda far: attention) if "attention" in run.name else others
+        result.scores.update({f"accuracy_{far}": accuracy(far) for far in (8, 16, 32)})
+        return result
+
+    return of_run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "of_run, holds, words",
+    [
+        (answered(1.0, lambda far: 8 / far), True, "GRU (copy) 0.75"),
+        (answered(0.9, lambda far: 8 / far), False, "0.900"),
+        (answered(1.0, lambda far: 1.0), False, "lose nothing that counts"),
+    ],
+)
+def test_distance_is_judged_by_near_and_far(tmp_path, of_run, holds, words):
+    _, _, findings = judged("distance", tmp_path, of_run)
+    assert findings.holds == holds and words in findings.margin, findings.margin
+
+
+def test_gradients_tell_what_the_answer_can_see(tmp_path):
+    few = {"base.data.context": 16, "base.model.width": 8, "base.model.num_heads": 2}
+    runs = {run.name: run for run in study_of("distance", tmp_path, **few).runs}
+    norms = {name: distance.gradient_norms(runs[f"cue, {name}"]) for name in
+             ("attention", "LSTM", "gated convolution")}  # fmt: skip
+    assert all(values.shape == (16,) and values[0] > 0 for values in norms.values())
+    assert (norms["attention"] > 0).all() and (norms["LSTM"] > 0).all()
+    assert norms["LSTM"][15] / norms["LSTM"][1] < norms["attention"][15] / norms["attention"][1]
+    # Two layers that see four tokens each see seven.
+    assert (norms["gated convolution"][:7] > 0).all()
+    assert (norms["gated convolution"][7:] == 0).all()
+
+
+@pytest.mark.parametrize("name, of_run", [
+    ("recall", recalled(1.0, lambda wide, far: 0.5 / far)),
+    ("projections", losses(**{"K = V": 0.03, "Q = K": 0.08})),
+    ("heads", by_size(valley, falling, falling)),
+    ("positions", extrapolated()),
+    ("lm", modelled()),
+])  # fmt: skip
+def test_a_report_says_claim_verdict_figures_and_every_run(tmp_path, name, of_run):
+    study, lines, findings = judged(name, tmp_path, of_run)
+    report.write(tmp_path / "out", study, lines, findings, "python -m experiments.compare --x")
+    text = (tmp_path / "out/report.md").read_text()
+    for words in (study.claim, findings.margin, f"Verdict: {findings.verdict}.", study.published,
+                  study.source, "python -m experiments.compare --x"):  # fmt: skip
+        assert words in text
+    assert all(f"| {line.name} |" in text for line in lines)
+    for picture in findings.figures:
+        assert f"]({picture}.png)" in text and (tmp_path / f"out/{picture}.png").stat().st_size
+    record = json.loads((tmp_path / "out/study.json").read_text())
+    assert (record["verdict"], record["ours"]) == (findings.verdict, findings.ours)
+    assert len(record["runs"]) == len(lines)
+    header, names, *rows = (tmp_path / "out/runs.csv").read_text().splitlines()
+    assert header == "# python -m experiments.compare --x" and names.startswith("run,seed,loss")
+    assert len(rows) == len(study.runs)
+
+
+def test_equal_runs_with_different_seeds_are_one_line_with_mean_and_spread(tmp_path):
+    runs = study_of("projections", tmp_path).runs[:3]
+    (line,) = by_run(result_of(run, loss=loss) for run, loss in zip(runs, (1, 2, 6), strict=True))
+    assert (line.mean("loss"), line.spread("loss")) == (3, 2.5)
+    assert line.mean(lambda result: result.seconds) == 2
+
+
+def test_the_list_names_every_study_with_its_time_and_claim():
+    told = listing()
+    for name in NAMES:
+        config = config_of(name)
+        assert name in told and f"{config.minutes:3} min" in told and config.claim in told
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["config: wanted a study", "--list"]),
+        (["--config=configs/char_lm.py"], ["config.size is missing", "experiments.train"]),
+        (["--config=configs/recall.py:huge"], ["'small', 'full'", "'huge'"]),
+        (
+            ["--config=configs/recall.py", "--config.base.model.num_heads=0"],
+            ["run 'attention, N = 64", "model.num_heads"],
+        ),
+        (["--config=configs/recall.py", "--config.name=other"], ["config.name", "'recall'"]),
+    ],
+)
+def test_what_is_no_study_ends_in_one_sentence(scripts, flags, words):
+    assert_one_sentence(scripts.run("compare", *flags), *words)
+
+
+def test_a_wrong_field_names_the_run(tmp_path):
+    config = config_of("projections")
+    config.runs = (*config.runs, base.run("mistaken", {"model.window": 3}))
+    with pytest.raises(ValueError, match=r"run 'mistaken': model\.window: 3 was set"):
+        Study.from_config(config, tmp_path)
+    config.runs = (base.run("mistaken", {"model.windw": 3}),)
+    with pytest.raises(ValueError, match=r"run 'mistaken': .*windw"):
+        Study.from_config(config, tmp_path)

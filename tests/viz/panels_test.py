@@ -1,0 +1,30 @@
+"""Panels with lines: everything given is drawn, in one colour a name, under one legend."""
+
+import numpy as np
+import pytest
+
+from qkv_jax import viz
+from qkv_jax.viz import Panel
+
+LINES = {"ours": [(8, 0.5, 0.1), (2, 0.25, 0.0)], "other": [(2, 0.75, 0.0)]}
+
+
+def test_points_are_drawn_in_order_and_a_name_has_one_colour():
+    panels = [Panel("a", LINES, "width"), Panel("b", {"other": [(1, 2)]}, "N", {"chance": 0.1})]
+    fig = viz.lines_figure(panels, y_label="accuracy", title="both", log_x=True, y_limits=(0, 1))
+    left, right = fig.axes
+    assert (left.get_title("left"), right.get_title("left")) == ("a", "b")
+    assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("width", "N", "accuracy")
+    assert left.get_ylim() == (0, 1) and left.get_xscale() == "log"
+    ours, other = (container.lines[0] for container in left.containers)
+    np.testing.assert_array_equal(ours.get_xydata(), [[2, 0.25], [8, 0.5]])
+    assert other.get_color() == right.containers[0].lines[0].get_color() != ours.get_color()
+    (legend,) = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "other"]
+    assert [text.get_text() for text in right.texts] == ["chance"]
+
+
+@pytest.mark.parametrize("panels", [[], [Panel("empty", {}, "x")]])
+def test_nothing_to_draw_is_refused(panels):
+    with pytest.raises(ValueError, match="panels: wanted at least one, each with a line"):
+        viz.lines_figure(panels, y_label="y")
