@@ -132,7 +132,7 @@ class GeneratedTask(Task):
         return Example(tokens, [self.label(token) for token in tokens])
 
     def about_data(self) -> list[str]:
-        return [f"- data: {self.source}; {self.rule}"]
+        return [f"- {self.source}; {self.rule}"]
 
 
 class Recall(GeneratedTask):
