@@ -29,9 +29,10 @@ class AdditiveAttention(MultiHeadAttention):
     arxiv.org/abs/1409.0473, which has one head. There `x` is the decoder's previous state and `c`
     the encoder's states, and W_v and W_out are left to what follows.
 
+    The arguments that are not listed are those of `MultiHeadAttention`, without `op`.
+
     Args:
       width, num_heads: as in `MultiHeadAttention`.
-      The others are those of `MultiHeadAttention`, without `op`.
     """
 
     def __init__(
@@ -72,14 +73,15 @@ class LuongAttention(MultiHeadAttention):
     S is the length of the row, as `Lengths` in the mask gives it. Under a causal mask it is the
     number of tokens so far, the query's own position plus 1, so that no later token has a say.
 
+    The arguments that are not listed are those of `MultiHeadAttention`, without `op`. With "dot"
+    and "general" as many key heads as query heads, `head_dim` is what is left of the context's
+    width, and `share_qk` does not apply.
+
     Args:
       width, num_heads: as in `MultiHeadAttention`.
       kind: "dot", "general" or "concat".
       locality: "global", "monotonic" or "predictive", which knows the masks Causal() and Lengths.
       window: D, keys on each side of the query or of the centre; for the local ones.
-      The others are those of `MultiHeadAttention`, without `op`. With "dot" and "general" as many
-      key heads as query heads, `head_dim` is what is left of the context's width, and `share_qk`
-      does not apply.
 
     Raises:
       ValueError: for names that are none of these and sizes that do not fit.

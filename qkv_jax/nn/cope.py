@@ -20,11 +20,12 @@ class ContextualPositionAttention(MultiHeadAttention):
     paper's choice. Embeddings start at 0, as in the paper: before training it is
     `MultiHeadAttention`.
 
+    The arguments that are not listed are those of `MultiHeadAttention`, without `op`.
+
     Args:
       width, num_heads: as in `MultiHeadAttention`.
       max_positions: P; what lies P - 1 or more away shares the last embedding. They count opened
         gates, so far fewer than the tokens of a sequence suffice (the paper: 64 for 1024).
-      The others are those of `MultiHeadAttention`, without `op`.
     """
 
     def __init__(

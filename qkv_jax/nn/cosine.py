@@ -22,10 +22,11 @@ class CosineAttention(MultiHeadAttention):
     Liu et al. 2021, arxiv.org/abs/2111.09883; after Henry et al. 2020, arxiv.org/abs/2010.04245.
     Adds N parameters.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
       temperature: with which every head starts, in (0, 100].
-      The others are those of MultiHeadAttention but `op`.
 
     Raises:
       ValueError: for sizes that do not fit.

@@ -23,11 +23,12 @@ class ForgettingAttention(MultiHeadAttention):
 
     For causal masks. The gates tell near from far, so the paper recommends `rotary_base=None`.
 
+    The arguments that are not listed are those of `MultiHeadAttention`.
+
     Args:
       width, num_heads: as in `MultiHeadAttention`.
       decay_times: after how many tokens the first and the last head have forgotten all but 1 / e of
         a key, before training; the heads between are spaced geometrically. Sets `b_forget`.
-      The others are those of `MultiHeadAttention`.
 
     Raises:
       ValueError: for sizes that do not fit.

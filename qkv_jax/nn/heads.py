@@ -17,9 +17,10 @@ class TalkingHeadsAttention(MultiHeadAttention):
     `ops.heads.talking_heads_attention` with a matrix [N, N] before the softmax and one after it.
     Both start as the identity, so that it starts as MultiHeadAttention.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
-      The others are those of MultiHeadAttention but `op`.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class DifferentialAttention(MultiHeadAttention):
     heads; added are four vectors [H], and the scales [2 H] of the RMS norm of each pair's output,
     which the pairs share.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention; N and K are even.
       lambda_init: where lam starts. The paper's is 0.8 - 0.6 exp(-0.3 (layer - 1)) for layers
         1, 2, ...: from 0.2 to 0.8.
-      The others are those of MultiHeadAttention but `op`.
 
     Raises:
       ValueError: for sizes that do not fit.

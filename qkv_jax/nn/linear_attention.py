@@ -167,10 +167,11 @@ class GatedLinearAttention(LinearRecurrence):
 
     Yang et al. 2023, arxiv.org/abs/2312.06635. Without a short convolution, as in the paper.
 
+    The arguments that are not listed are those of `LinearRecurrence`.
+
     Args:
       width, num_heads: as in `LinearRecurrence`.
       gate_rank: width between W_1 and W_2.
-      The others are those of `LinearRecurrence`.
     """
 
     has_convolution = False

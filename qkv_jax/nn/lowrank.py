@@ -64,6 +64,8 @@ class LinformerAttention(MultiHeadAttention):
     `ops.lowrank.linformer_attention` with learned projections; bidirectional. Fewer tokens than
     `length` take the projections' first columns.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
       length: the most keys that there may be.
@@ -72,7 +74,6 @@ class LinformerAttention(MultiHeadAttention):
       share_kv_projection: whether one projection serves keys and values.
       projections: those of another layer, to share them (the paper's layer-wise sharing: together
         with the two above, one matrix for the whole model); None: its own.
-      The others are those of MultiHeadAttention but `op`.
 
     Raises:
       ValueError: for sizes that do not fit.

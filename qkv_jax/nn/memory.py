@@ -33,13 +33,14 @@ class MemoryAttention(MultiHeadAttention):
     projected, keys after norm and rotation. They stand before all positions, at -2^30, and the mask
     decides there too: `Causal()` and `Lengths()` allow them, an array of S keys does not fit.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
       window: how far the local keys are from the query, as in `masks.SlidingWindow`.
       num_keys: how many keys of the memory a query reads.
       search: finds them, `ops.memory.retrieve` or a function that is called as it is.
       gate: where every head's gate starts, before the sigmoid.
-      The others are those of MultiHeadAttention but `op`.
 
     Raises:
       ValueError: for sizes that do not fit.

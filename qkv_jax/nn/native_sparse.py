@@ -66,11 +66,12 @@ class NativeSparseAttention(MultiHeadAttention):
     have their own: its projections are those of MultiHeadAttention. The MLPs read keys after norm
     and rotation.
 
+    The arguments that are not listed are those of MultiHeadAttention but `op`.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
       pattern: the sizes of blocks and window, and how many are selected.
       hidden: width of the MLPs' hidden layer; by default 4 H.
-      The others are those of MultiHeadAttention but `op`.
 
     Raises:
       ValueError: for sizes that do not fit.

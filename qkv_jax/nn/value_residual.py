@@ -19,10 +19,11 @@ class ValueResidualAttention(MultiHeadAttention):
     module `first` and its input `x`, hands the first layer's values to a call of a later one.
     Without `first_values` it is MultiHeadAttention.
 
+    The arguments that are not listed are those of MultiHeadAttention.
+
     Args:
       width, num_heads: as in MultiHeadAttention.
       lambda_first, lambda_own: where the two weights start.
-      The others are those of MultiHeadAttention.
     """
 
     def __init__(

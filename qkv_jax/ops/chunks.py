@@ -70,9 +70,10 @@ def prepare(
 ) -> tuple[Tokens, jax.Array]:
     """Checks the arguments of a recurrence and brings them into one form.
 
+    The arguments that are not listed are those of `linear_attention` and `delta_rule`.
+
     Args:
       same_length: whether there must be as many keys as queries.
-      The others are those of `linear_attention` and `delta_rule`.
 
     Returns:
       The tokens, and the state before them, [B, K, H, h]; float32, or float64 if q, k or v is.

@@ -36,10 +36,11 @@ def cosine_attention(
     arxiv.org/abs/2111.09883), which learn the temperature. Otherwise it is `ops.attention` of unit
     vectors: exact, O(T S) time, linear memory. A query or key of 0 has cosine 0 with all others.
 
+    The arguments that are not listed are those of `ops.attention`.
+
     Args:
       temperature: factor of the cosine, a number or floating [N]; gradients flow to it.
       scale: a further factor, by default 1.
-      The others are those of `ops.attention`.
 
     Returns:
       [B, T, N, h], in the dtype of `v`.

@@ -164,13 +164,12 @@ def performer_attention(
     """Softmax attention, estimated with random features in linear time (FAVOR+).
 
     Choromanski et al. 2020, arxiv.org/abs/2009.14794. The mean squared error falls as 1 / m.
-    O(T m (H + h)).
+    O(T m (H + h)). The arguments that are not listed are those of `kernel_attention`.
 
     Args:
       projection: floating [m, H], by `orthogonal_projection` or `independent_projection`; draw
         another one now and then while training.
       scale: of q . k; by default 1 / sqrt(H).
-      The others are those of `kernel_attention`.
 
     Returns:
       [B, T, N, h], in the dtype of `v`.

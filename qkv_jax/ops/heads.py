@@ -42,10 +42,11 @@ def talking_heads_attention(
     O(T S) time with 2 N^2 T S products for the mixing, and memory for the logits of a block of
     queries at a time.
 
+    The arguments that are not listed are those of `ops.attention`.
+
     Args:
       mix_logits: floating [N, N], from the heads of q (rows) to the heads of the softmax.
       mix_weights: floating [N, N], from the heads of the softmax (rows) to those of the output.
-      The others are those of `ops.attention`.
 
     Returns:
       [B, T, N, h], in the dtype of `v`. A query that may attend to nothing gets 0.
@@ -100,13 +101,14 @@ def differential_attention(
     Exact, O(T S) time and linear memory: it is one call of attention to doubled values. Each of the
     two softmaxes has dropout bits of its own.
 
+    The arguments that are not listed are those of `ops.attention`; masks and scores see N heads.
+
     Args:
       q: queries, floating [B, T, N, H], N even.
       k: keys, floating [B, S, K, H], K even.
       v: values, floating [B, S, K, h].
       lam: the weight of what is subtracted: a number, or floating [N/2], one per pair; gradients
         flow to it.
-      The others are those of `ops.attention`; masks and scores see N heads.
 
     Returns:
       [B, T, N, h], in the dtype of `v`: the output of pair i, 2 h wide, is heads 2i and 2i + 1.

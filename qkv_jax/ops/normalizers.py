@@ -125,9 +125,10 @@ def entmax_attention(
     Exact; most weights are exactly 0. O(T S) time, with about ten passes over the logits where the
     softmax takes two, and memory for the logits of a block of queries at a time.
 
+    The arguments that are not listed are those of `ops.attention`.
+
     Args:
       alpha: a Python number in (1, 2]: towards 1 the softmax, at 2 the sparsemax.
-      The others are those of `ops.attention`.
 
     Returns:
       [B, T, N, h], in the dtype of `v`. A query that may attend to nothing gets 0.
@@ -191,11 +192,11 @@ def sigmoid_attention(
 
     Since a softmax's numerators are exp(logit), sums of sigmoids are the numerators of attention to
     the logits log(sigmoid(.)): O(T S) time and linear memory, by the same implementations. To count
-    the keys under a mask takes one forward pass of attention with H = h = 1.
+    the keys under a mask takes one forward pass of attention with H = h = 1. The arguments that are
+    not listed are those of `ops.attention`.
 
     Args:
       bias: added to the logits; None: minus the log of the number of keys.
-      The others are those of `ops.attention`.
 
     Returns:
       [B, T, N, h], in the dtype of `v`. A query that may attend to nothing gets 0.

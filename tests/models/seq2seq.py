@@ -56,7 +56,10 @@ def _logits(graphdef, params, batch):
 
 
 def train(model, *, steps, learning_rate):
-    """Learns to reverse; returns the trained model and the losses."""
+    """Learns to reverse; returns the trained model and the losses.
+
+    The learning rate falls to 0: at a constant one the last losses depend on rounding.
+    """
     graphdef, params = nn.split(model)
 
     def loss(params, batch, rng):
@@ -64,7 +67,8 @@ def train(model, *, steps, learning_rate):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"])
         return (losses * batch["weights"]).sum() / batch["weights"].sum()
 
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+    schedule = optax.linear_schedule(learning_rate, 0.0, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     batches = [reversal(seed, 32) for seed in range(steps)]
     batches = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
     run = training.make_train_steps(training.make_train_step(loss, optimizer, seed=0))
