@@ -9,6 +9,7 @@
 All of it is deterministic and runs on the host: NumPy, no JAX.
 """
 
+from qkv_jax.data.associations import recall
 from qkv_jax.data.batches import (
     check_token_ids,
     pack_tokens,
@@ -26,7 +27,6 @@ from qkv_jax.data.masking import (
     sequential_masked_windows,
     stacked_masked_windows,
 )
-from qkv_jax.data.recall import recall
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
