@@ -18,9 +18,6 @@ from qkv_jax.training.run_directory import RunDirectory, config_from_json, confi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a study's config may contain: that of configs/study.py.
-FIELDS = ("name", "size", "minutes", "claim", "published", "source", "differences")
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -128,7 +125,8 @@ class Study:
     @classmethod
     def from_config(cls, config: ConfigDict, folder: Path) -> Study:
         """The study of a config such as `configs/recall.py`, with its runs in a folder."""
-        if missing := [name for name in (*FIELDS, "base", "seeds", "runs") if name not in config]:
+        fields = [field.name for field in dataclasses.fields(cls)]  # runs among them
+        if missing := [name for name in (*fields, "base", "seeds") if name not in config]:
             raise ValueError(
                 f"config.{missing[0]} is missing: wanted the config of a study, such as "
                 "configs/recall.py; a single run's is for experiments.train"
@@ -138,7 +136,7 @@ class Study:
             for name, fields in config.runs
             for seed in config.seeds
         )
-        return cls(**{name: config[name] for name in FIELDS}, runs=runs)
+        return cls(**{name: config[name] for name in fields} | {"runs": runs})
 
 
 def _make_run(base: ConfigDict, name: str, fields: dict, seed: int, folder: Path) -> Run:

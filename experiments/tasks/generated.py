@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -26,6 +25,7 @@ class GeneratedTask(Task):
     kind = "A decoder"
     unit = "answer"
     reads = ("vocab_size",)
+    rows: ClassVar[Callable[..., Batch]]  # generates them; it takes the fields in `reads`
     rule: ClassVar[str]  # a sentence
 
     def __init__(self, settings: Settings):
@@ -39,12 +39,15 @@ class GeneratedTask(Task):
         """Of a row, in words."""
         return f"{self.settings.data.context} tokens"
 
-    @abc.abstractmethod
     def generate(self, step: int, batch_size: int, stream: int) -> Batch:
         """`inputs` and `targets`, int32 [B, T], and `weights`, float32 [B, T]: 1 at answers.
 
         With `distances`, int32 [B, T], how far back an answer stands, it is also measured by that.
         """
+        sizes = {name: getattr(self.settings.data, name) for name in ("context", *self.reads)}
+        return self.rows(
+            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream, **sizes
+        )
 
     @property
     def validation(self) -> str:
@@ -138,6 +141,7 @@ class GeneratedTask(Task):
 class Recall(GeneratedTask):
     """Multi-query associative recall: `qkv_jax.data.recall`."""
 
+    rows = staticmethod(data.recall)
     reads = ("vocab_size", "num_pairs")
     rule = "Each row shows keys with their values; asked by a key again, answer with its value."
 
@@ -145,13 +149,6 @@ class Recall(GeneratedTask):
     def sizes(self) -> str:
         number = self.settings.data.num_pairs
         return f"{number} pairs of a key and a value in {self.settings.data.context} tokens"
-
-    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
-        return data.recall(
-            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
-            context=self.settings.data.context, num_pairs=self.settings.data.num_pairs,
-            vocab_size=self.vocab_size,
-        )  # fmt: skip
 
     def label(self, token: int) -> str:
         half = self.vocab_size // 2
@@ -161,13 +158,8 @@ class Recall(GeneratedTask):
 class Cue(GeneratedTask):
     """One symbol in noise: `qkv_jax.data.cue`."""
 
+    rows = staticmethod(data.cue)
     rule = "One token of a row is no noise; at the end, answer with it."
-
-    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
-        return data.cue(
-            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
-            context=self.settings.data.context, vocab_size=self.vocab_size,
-        )  # fmt: skip
 
     def label(self, token: int) -> str:
         half = self.vocab_size // 2
@@ -177,13 +169,8 @@ class Cue(GeneratedTask):
 class Copying(GeneratedTask):
     """A row of symbols, and the same again: `qkv_jax.data.copying`."""
 
+    rows = staticmethod(data.copying)
     rule = "After the mark, repeat all symbols before it."
-
-    def generate(self, step: int, batch_size: int, stream: int) -> Batch:
-        return data.copying(
-            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
-            context=self.settings.data.context, vocab_size=self.vocab_size,
-        )  # fmt: skip
 
     def label(self, token: int) -> str:
         return "|" if token == 0 else str(token)
