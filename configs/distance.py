@@ -21,8 +21,7 @@ TASKS = {"cue": "cue", "copy": "copying"}
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "distance"
+    config = study.get_config("distance", size)
     config.claim = (
         "Attention answers as well from far back as from near, in one step; a recurrence forgets, "
         "and a convolution does not see, what is far."
@@ -36,14 +35,13 @@ def get_config(size: str = "small") -> ConfigDict:
         "arxiv.org/abs/1805.04623"
     )
     base = config.base
-    base.name = "distance"
     base.model.update(
         num_layers=2, num_heads=4, position="none", norm="layer", qk_norm=False,
         zero_init_outputs=False, logit_softcap=0.0,
     )  # fmt: skip
     base.optimizer.update(name="adamw", learning_rate=3e-3, warmup_steps=100)
     base.data.vocab_size = 32
-    base.train.update(stop_accuracy=0.999, save_every=0)
+    base.train.update(stop_accuracy=0.999)
     if size == "small":
         config.minutes = 22
         config.differences = ("two layers of width 64", "rows of 128 tokens, 2,000 steps")

@@ -15,8 +15,7 @@ WIDTH, HEADS, LAYERS = 128, 4, 2  # of the run that all three rows share
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "heads"
+    config = study.get_config("heads", size)
     config.claim = (
         "At a fixed width more heads help until each becomes too narrow, at a fixed number of "
         "heads a wider d_k helps, and so does depth."
@@ -30,8 +29,6 @@ def get_config(size: str = "small") -> ConfigDict:
         "German, newstest2013)"
     )
     base = config.base
-    base.name = "heads"
-    base.train.save_every = 0
     base.model.update(num_layers=LAYERS, width=WIDTH, num_heads=HEADS)
     if size == "small":
         config.minutes = 24

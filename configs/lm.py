@@ -44,8 +44,7 @@ LADDER = {
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "lm"
+    config = study.get_config("lm", size)
     config.claim = (
         "At equal size attention predicts a text better than recurrences and convolutions, hybrids "
         "as well as attention, and each ingredient of the recent recipe lowers the loss."
@@ -56,23 +55,14 @@ def get_config(size: str = "small") -> ConfigDict:
         "residual, softcap)"
     )
     config.source = "modded-nanogpt, README, github.com/KellerJordan/modded-nanogpt"
+    config.differences = ("characters of Python's documentation", "loss at a fixed step, not time")
     base = config.base
-    base.name = "lm"
-    base.train.save_every = 0
     if size == "small":
         config.minutes = 25
-        config.differences = (
-            "characters of Python's documentation",
-            "loss at a fixed step, not time",
-        )
         base.train.update(num_steps=500, eval_every=250)
         config.seeds = (0,)
     else:
         config.minutes = 180
-        config.differences = (
-            "characters of Python's documentation",
-            "loss at a fixed step, not time",
-        )
         base.model.update(num_layers=8, width=512, num_heads=8)
         base.data.context = 256
         base.train.update(num_steps=5000, batch_size=64, compute_dtype="bfloat16")

@@ -17,8 +17,7 @@ NAMES = {"relative": "T5", "alibi": "ALiBi"}
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "positions"
+    config = study.get_config("positions", size)
     config.claim = (
         "On longer texts than trained on, sinusoidal positions fail most, then rotary, T5's less, "
         "ALiBi not at all; without any, a causal model loses little and a bidirectional one "
@@ -34,8 +33,6 @@ def get_config(size: str = "small") -> ConfigDict:
         "4, arxiv.org/abs/2203.16634 (WikiText-103)"
     )
     base = config.base
-    base.name = "positions"
-    base.train.save_every = 0
     longer = (2, 4, 8)
     if size == "small":
         config.minutes = 20

@@ -22,8 +22,7 @@ VARIANTS = {
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "projections"
+    config = study.get_config("projections", size)
     config.claim = (
         "One projection for keys and values costs a few per cent of perplexity (at most 5) and "
         "halves the cache, while one for queries and keys costs more."
@@ -33,8 +32,6 @@ def get_config(size: str = "small") -> ConfigDict:
     )
     config.source = "arxiv.org/abs/2606.04032, abstract (300 M parameters, 10 B tokens)"
     base = config.base
-    base.name = "projections"
-    base.train.save_every = 0
     if size == "small":
         config.minutes = 20
         config.differences = (

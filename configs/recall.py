@@ -28,8 +28,7 @@ MIXERS = {
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    config = study.get_config(size)
-    config.name = "recall"
+    config = study.get_config("recall", size)
     config.claim = (
         "Attention recalls any pair at any length, while models with a fixed state or filter "
         "recall less the longer the text, and more the wider they are."
@@ -41,14 +40,13 @@ def get_config(size: str = "small") -> ConfigDict:
     config.source = "Arora et al. 2023, Zoology, figure 2, arxiv.org/abs/2312.04927"
 
     base = config.base
-    base.name = "recall"
     base.task = "recall"
     base.model.update(
         num_layers=2, num_heads=1, mlp_width=0, position="none", norm="layer", qk_norm=False,
         tie_embeddings=True, zero_init_outputs=False, logit_softcap=0.0,
     )  # fmt: skip
     base.optimizer.update(learning_rate=1e-2, muon_learning_rate=2e-2)  # by Muon
-    base.train.update(stop_accuracy=0.99, save_every=0)
+    base.train.update(stop_accuracy=0.99)
     if size == "small":
         config.minutes = 24
         config.differences = (

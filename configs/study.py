@@ -14,12 +14,12 @@ from configs import char_lm
 SIZES = ("small", "full")  # a CPU, in minutes | the published setting, for an accelerator
 
 
-def get_config(size: str = "small") -> ConfigDict:
+def get_config(name: str, size: str) -> ConfigDict:
     """The fields of every study, to be filled in."""
     if size not in SIZES:
         raise ValueError(f"a study's size: wanted one of {list(SIZES)}, got {size!r}")
     study = ConfigDict()
-    study.name = ""  # of the study: results/<name>, runs/<name>
+    study.name = name  # of the study: results/<name>, runs/<name>
     study.size = size
     study.minutes = 0  # that it takes: small on two CPU cores, full on one accelerator
     study.claim = ""  # in a sentence
@@ -27,7 +27,8 @@ def get_config(size: str = "small") -> ConfigDict:
     study.source = ""  # where: paper, table or figure, address
     study.differences = ()  # of this setting from the published one, a phrase each
     study.base = char_lm.get_config()  # what all runs have in common
-    study.base.train.update(figures=False, sample_tokens=200)  # the study has its own
+    study.base.name = name
+    study.base.train.update(save_every=0, sample_tokens=200, figures=False)  # it has its own
     study.seeds = (0, 1, 2)
     study.runs = ()  # of `run`
     return study

@@ -1,7 +1,6 @@
 """From a config to the things that a script works with; the same for every script."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qkv_jax.training.run_directory import (
     RunDirectory,
     config_from_json,
     config_to_json,
+    flat_fields,
     read_config,
 )
 
@@ -126,8 +126,9 @@ def resolve(config: ConfigDict) -> Settings:
     """
     # A config file may have added a field by misspelling one: the base knows those that exist.
     values = config_from_json(config_to_json(config), char_lm.get_config()).to_dict()
-    for name, value in _numbers(values):
-        check(name, value, abs(value) <= float(np.finfo(np.float32).max), "a float32 number")
+    for name, value in flat_fields(values):
+        if isinstance(value, float):
+            check(name, value, abs(value) <= float(np.finfo(np.float32).max), "a float32 number")
     name = values["name"]
     is_plain = name == Path(name).name and name not in ("", "..")
     check("name", name, is_plain, "a name for a folder in runs")
@@ -158,14 +159,6 @@ def _check_read(task: str, values: dict[str, Any]) -> None:
                 f"config.data.{name}: {values[name]!r} was set, but config.task = {task!r} does "
                 f"not read it; these do: {', '.join(readers)}"
             )
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            yield prefix + name, value
 
 
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import setup
-from experiments.studies.study import Findings, Line, Run
+from experiments.studies.study import Findings, Line, Run, by_kind
 from qkv_jax import data, nn, viz
 from qkv_jax.models.blocks import apply_blocks
 from qkv_jax.ops.masks import Causal
@@ -20,10 +20,7 @@ ROWS = 64  # over which a gradient is averaged
 
 def judge(lines: Sequence[Line]) -> Findings:
     """Whether attention is exact at every distance, and each other model worse far than near."""
-    table: dict[str, dict[str, Line]] = {}
-    for line in lines:
-        task, _, name = line.name.partition(", ")
-        table.setdefault(task, {})[name] = line
+    table = by_kind(lines)
     attention = {task: _by_distance(named["attention"]) for task, named in table.items()}
     worst = min(min(accuracies.values()) for accuracies in attention.values())
     falls = {

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from experiments.studies.study import Findings, Line
+from experiments.studies.study import Findings, Line, by_kind
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -14,7 +14,8 @@ TIE = 0.01  # nats per character that count as nothing
 
 def judge(lines: Sequence[Line]) -> Findings:
     """Whether attention is ahead, the hybrid with it, and the recipe's ladder goes down."""
-    mixers, recipe = _rows(lines)
+    kinds = by_kind(lines, ": ")
+    mixers, recipe = kinds["mixer"], kinds["recipe"]
     attention = mixers["attention"].mean("loss")
     ahead = {name: mixers[name].mean("loss") - attention for name in FIXED}
     hybrid = mixers[HYBRID].mean("loss") - attention
@@ -45,14 +46,6 @@ def judge(lines: Sequence[Line]) -> Findings:
             "down on the right."
         },
     )
-
-
-def _rows(lines: Sequence[Line]) -> tuple[dict[str, Line], dict[str, Line]]:
-    rows: dict[str, dict[str, Line]] = {"mixer": {}, "recipe": {}}
-    for line in lines:
-        kind, _, name = line.name.partition(": ")
-        rows[kind][name] = line
-    return rows["mixer"], rows["recipe"]
 
 
 def _figure(mixers: dict[str, Line], recipe: dict[str, Line]):

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from experiments.studies.study import Findings, Line
+from experiments.studies.study import Findings, Line, by_kind
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -22,17 +22,9 @@ PUBLISHED = {
 
 def judge(lines: Sequence[Line]) -> Findings:
     """Whether extrapolation is ordered as claimed, and positions matter where claimed."""
-    named = {line.name: line for line in lines}
-    causal = {
-        name.removeprefix("causal, "): _by_length(line)
-        for name, line in named.items()
-        if name.startswith("causal")
-    }
-    masked = {
-        name.removeprefix("masked, "): line.mean("loss")
-        for name, line in named.items()
-        if name.startswith("masked")
-    }
+    kinds = by_kind(lines)
+    causal = {name: _by_length(line) for name, line in kinds["causal"].items()}
+    masked = {name: line.mean("loss") for name, line in kinds["masked"].items()}
     far = max(causal["ALiBi"])
     ratio = {
         name: math.exp(losses[far] - losses[1]) for name, losses in causal.items() if far in losses
@@ -70,7 +62,7 @@ def judge(lines: Sequence[Line]) -> Findings:
         holds=not failed,
         ours=ours,
         margin=margin,
-        figures={"length": _figure(named)},
+        figures={"length": _figure(kinds["causal"])},
         captions={
             "length": "Claimed: sinusoidal positions fail on longer texts, ALiBi does not notice. "
             "Perplexity in that at the training's length, on a logarithmic axis; ours on the left, "
@@ -91,10 +83,8 @@ def _by_length(line: Line, prefix: str = "loss_") -> dict[int, float]:
 def _figure(named: dict[str, Line]):
     ours = {}
     for name, line in named.items():
-        if not name.startswith("causal"):
-            continue
-        curves = {name.removeprefix("causal, "): _by_length(line)}
-        if "rotary" in name:
+        curves = {name: _by_length(line)}
+        if name == "rotary":
             curves["rotary, interpolated"] = _by_length(line, "interpolated_")
         for label, losses in curves.items():
             if len(losses) > 1:

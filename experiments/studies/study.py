@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 from configs import char_lm
 from experiments import setup
-from qkv_jax.training.run_directory import RunDirectory, config_from_json, config_to_json
+from qkv_jax.training.run_directory import (
+    RunDirectory,
+    config_from_json,
+    config_to_json,
+    flat_fields,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +49,9 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """What makes `experiments.train` train this run: the fields that differ from the base."""
-        before, now = _flat(char_lm.get_config()), _flat(self.config)
+        before, now = (
+            dict(flat_fields(config.to_dict())) for config in (char_lm.get_config(), self.config)
+        )
         return [f"--config.{name}={now[name]}" for name in now if now[name] != before[name]]
 
     def result(self) -> Result | None:
@@ -152,16 +159,6 @@ def _make_run(base: ConfigDict, name: str, fields: dict, seed: int, folder: Path
     return Run(name, fields, seed, config, folder / f"{slug}-{seed}")
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.to_dict().items():
-        if isinstance(value, dict):
-            flat |= {f"{prefix}{name}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 @dataclasses.dataclass(frozen=True)
 class Line:
     """The results of one run with all its seeds."""
@@ -189,3 +186,12 @@ def by_run(results: Iterable[Result]) -> list[Line]:
     for result in results:
         groups.setdefault(result.run.name, []).append(result)
     return [Line(name, group[0].run.fields, tuple(group)) for name, group in groups.items()]
+
+
+def by_kind(lines: Iterable[Line], separator: str = ", ") -> dict[str, dict[str, Line]]:
+    """Lines whose names are a kind, a separator and a name: kind -> name -> line."""
+    kinds: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        kind, _, name = line.name.partition(separator)
+        kinds.setdefault(kind, {})[name] = line
+    return kinds

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 def train(runs: Sequence[Run], *, jobs: int, say: Callable[[str], None] = print) -> dict[str, str]:
     """Trains all that have not finished, so many at a time, each on its share of the cores.
 
-    A run that was interrupted goes on where it stopped. Their output goes to `train.log` beside
-    each run's directory.
+    A run that was interrupted goes on where it stopped. Its output goes to a `.log` beside its
+    directory.
 
     Returns:
       Why runs did not finish, by name and seed; empty where all did.

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -44,6 +43,7 @@ class Task(abc.ABC):
     reads: ClassVar[tuple[str, ...]]  # the fields of config.data that it reads, beside `context`
     unit: ClassVar[str]  # what a loss is the mean over
     kind: ClassVar[str]  # of model, in words
+    predict: ClassVar[training.Predict] = staticmethod(training.predict_tokens)
 
     vocab_size: int  # ids that the model knows
     source: str  # what is learnt from, in a line
@@ -74,11 +74,6 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def eval_batches(self) -> Iterator[Batch]:
         """Batches that were not trained on, the same each time: for looking while training."""
-
-    @staticmethod
-    def predict(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """The model's logits for the batch's targets."""
-        return training.predict_tokens(model, batch, rng)
 
     # --- At the end ---
 

@@ -7,6 +7,7 @@ from qkv_jax.training.preemption import StopSignal
 from qkv_jax.training.progress import Progress
 from qkv_jax.training.state import TrainState
 from qkv_jax.training.step import (
+    Predict,
     cross_entropy_loss,
     make_train_step,
     make_train_steps,
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "OptimizerConfig",
+    "Predict",
     "Progress",
     "StopSignal",
     "TrainState",

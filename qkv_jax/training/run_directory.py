@@ -125,13 +125,22 @@ def open_run(workdir: str | Path, config: ConfigDict) -> RunDirectory:
     return run
 
 
+def flat_fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) for every field."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def config_to_json(config: ConfigDict) -> str:
     """The config as indented JSON; tuples become lists, unset placeholders null.
 
     Raises:
       ValueError: a value is NaN, infinite, or not a number, text, flag or tuple of those.
     """
-    for name, value in _fields(config.to_dict()):
+    for name, value in flat_fields(config.to_dict()):
         for part in _scalars(value):
             if not isinstance(part, bool | int | float | str | None):
                 raise ValueError(f"config.{name} must be plain data, got {type(part).__name__}")
@@ -239,10 +248,10 @@ def _write_versions(run: RunDirectory) -> None:
 
 def _check_same_run(run: RunDirectory, text: str) -> None:
     try:
-        before = dict(_fields(_parse(_read_text(run.config))))
+        before = dict(flat_fields(_parse(_read_text(run.config))))
     except ValueError as error:
         raise ValueError(f"{run.config}: {error}") from error
-    now = dict(_fields(json.loads(text)))
+    now = dict(flat_fields(json.loads(text)))
     absent = object()
     differing = []
     for name in sorted((before.keys() | now.keys()) - RESUMABLE):
@@ -307,15 +316,6 @@ def _typed(value: Any, kind: type, default: Any, where: str) -> Any:
 
 def _to_tuple(value: Any) -> Any:
     return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
-
-
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) for every field."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _scalars(value: Any) -> Iterator[Any]:
