@@ -108,8 +108,8 @@ def sdpa(arrays: Arrays, backward: bool, causal: bool) -> Side:
     return torch_side(attend, arrays, backward)
 
 
-def flex(arrays: Arrays, allowed: Callable, ids: np.ndarray | None = None) -> Side:
-    """PyTorch's FlexAttention, compiled; forward alone, as on a CPU it has no other pass.
+def flex(arrays: Arrays, backward: bool, allowed: Callable, ids: np.ndarray | None = None) -> Side:
+    """PyTorch's FlexAttention, compiled; on a CPU it has no backward pass.
 
     Args:
       allowed: whether a query attends to a key, from their indices and `ids`.
@@ -118,20 +118,23 @@ def flex(arrays: Arrays, allowed: Callable, ids: np.ndarray | None = None) -> Si
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    T, tensor = arrays.q.shape[1], None if ids is None else torch.from_numpy(ids)
+    device = torch_device()
+    T, tensor = arrays.q.shape[1], None if ids is None else torch.from_numpy(ids).to(device)
     plan = create_block_mask(
-        lambda b, h, q, kv: allowed(q, kv, tensor), None, None, T, T, device="cpu"
+        lambda b, h, q, kv: allowed(q, kv, tensor), None, None, T, T, device=device
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return torch_side(lambda q, k, v: compiled(q, k, v, block_mask=plan), arrays, backward=False)
+    return torch_side(lambda q, k, v: compiled(q, k, v, block_mask=plan), arrays, backward)
 
 
 def torch_side(attend: Callable, arrays: Arrays, backward: bool) -> Side:
-    """A function of q, k, v in PyTorch's layout [B, N, T, H]."""
+    """A function of q, k, v in PyTorch's layout [B, N, T, H], on the device that JAX is on."""
     import torch
 
-    tensors = [torch.from_numpy(np.ascontiguousarray(np.swapaxes(x, 1, 2))) for x in arrays]
-    *qkv, g = tensors
+    *qkv, g = [_tensor(x, torch_device()) for x in arrays]
+    on_gpu = torch_device() == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX does
 
     def forward():
         with torch.no_grad():
@@ -141,12 +144,40 @@ def torch_side(attend: Callable, arrays: Arrays, backward: bool) -> Side:
         out = attend(*qkv)
         return [out.detach(), *torch.autograd.grad(out, qkv, g)]
 
+    def run():
+        found = both() if backward else forward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return found
+
     for x in qkv:
         x.requires_grad_(backward)
     return Side(
-        run=both if backward else forward,
-        as_numpy=lambda found: [np.swapaxes(x.numpy(), 1, 2) for x in found],
+        run, as_numpy=lambda found: [np.swapaxes(x.float().cpu().numpy(), 1, 2) for x in found]
     )
+
+
+def _tensor(x: np.ndarray, device: str):
+    """[B, T, N, H] as a tensor [B, N, T, H], in bfloat16 if it is that (NumPy's own has none)."""
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(np.swapaxes(np.asarray(x, np.float32), 1, 2)))
+    return tensor.to(device, torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32)
+
+
+def torch_device() -> str:
+    """Where PyTorch computes: beside JAX.
+
+    Raises:
+      ImportError: JAX is on a device that this PyTorch does not know.
+    """
+    import torch
+
+    if on_cpu():
+        return "cpu"
+    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
+        raise ImportError(f"PyTorch {torch.__version__} cannot use this {jax.default_backend()}")
+    return "cuda"
 
 
 def if_it_runs(make: Callable[..., Side], *args: Any, **kwargs: Any) -> tuple[Side | None, str]:
