@@ -4,7 +4,7 @@
 
 The text: see `shakespeare_char_cpu.py`. nanoGPT's README gives a best validation loss of 1.4697
 (the lowest of the evaluations every 250 steps; afterwards the model overfits), three minutes on one
-A100. Not yet measured on a GPU here.
+A100. Here: 1.4705 at step 1,500, on one H100.
 """
 
 from ml_collections import ConfigDict

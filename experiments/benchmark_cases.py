@@ -33,6 +33,7 @@ from experiments.benchmark_sides import (
     sdpa,
 )
 from experiments.benchmark_table import Ratio, Row, Section, figure, made_with
+from qkv_jax import ops
 from qkv_jax.ops import masks, positions, scores
 
 PASSES = {False: "forward", True: "both passes"}  # by whether gradients are taken
@@ -231,6 +232,24 @@ def crossover(bench: Bench) -> Iterator[Row]:
                 yield bench.row(what, sides, [Ratio("reference", "blockwise")])
 
 
+def block_sizes(bench: Bench) -> Iterator[Row]:
+    dtype = jnp.float32 if on_cpu() else jnp.bfloat16
+    for B, full in ((1, 1024), (1, 4096), (8, 1024)):
+        T = bench.size(full)
+        arrays = Arrays(*(jnp.asarray(x, dtype) for x in random_arrays(B, T)))
+        for backward in (False, True):
+            sides = {
+                str(size): ours(
+                    arrays, backward, mask=masks.Causal(), implementation=ops.Blockwise(size, size)
+                )
+                for size in map(bench.size, (128, 256, 512, 1024, 2048))
+            }
+            chosen = ours(arrays, backward, mask=masks.Causal())
+            yield bench.row(
+                f"B={B} T={T}, {PASSES[backward]}", checked({"default": chosen} | sides), []
+            )
+
+
 # By the name that --cases takes, in the order of their numbers: how, the heading, and what it is.
 CASES: dict[str, tuple[Callable[[Bench], Iterator[Row]], str, str]] = {
     "peers": (
@@ -265,6 +284,11 @@ CASES: dict[str, tuple[Callable[[Bench], Iterator[Row]], str, str]] = {
     "crossover": (
         crossover, "Where blocks pay",
         "Causal. Quotients above 1: `blockwise` is faster than `reference`.",
+    ),
+    "blocks": (
+        block_sizes, "Block sizes",
+        "Causal, as many queries as keys in a block; float32 on a CPU, bfloat16 elsewhere. "
+        "*default*: the sizes that `blockwise` takes by itself.",
     ),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {
-    "ours": style.BLUE, "jax.nn": style.MUTED, "SDPA": style.ORANGE, "cuDNN": style.ORANGE,
+    "ours": style.BLUE, "jax.nn": style.MUTED, "SDPA": style.ORANGE, "cuDNN": style.GREEN,
     "window": style.GREEN, "causal": style.BLUE,
     "blockwise": style.BLUE, "reference": style.ORANGE,
 }  # fmt: skip
@@ -30,7 +30,8 @@ def picture(sections: Sequence[Section]) -> Figure | None:
     bars = "peers" in rows
     if not bars and not below:
         return None
-    fig = style.new_figure(10.0, 3.9 * (bars + bool(below)), layout="constrained")
+    wide = 1.2 * len(rows["peers"]) if bars else 0.0
+    fig = style.new_figure(max(10.0, wide), 3.9 * (bars + bool(below)), layout="constrained")
     fig.get_layout_engine().set(hspace=0.08, wspace=0.06)
     parts = list(fig.subfigures(bars + bool(below), 1, squeeze=False)[:, 0])
     if bars:
@@ -56,7 +57,8 @@ def _bars(ax: Axes, rows: Sequence[Row]) -> None:
     ax.set_yscale("log")
     ax.set_ylim(min(found) / 2, max(found) * 2)
     ax.set_xlim(-0.6, len(rows) - 0.4)
-    ax.set_xticks(range(len(rows)), [row.what.replace(", ", "\n") for row in rows], fontsize=8)
+    labels = [re.sub(",? (?!passes)", "\n", row.what) for row in rows]
+    ax.set_xticks(range(len(rows)), labels, fontsize=8)
     ax.tick_params(axis="x", length=0)
     _finish(ax, "Attention by its makers", "ms, shorter is faster")
     # Above the bars: no corner is free.
