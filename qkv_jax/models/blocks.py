@@ -18,14 +18,17 @@ from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.positions import alibi_slopes
 from qkv_jax.ops.scores import Alibi, RelativeBias, Score
 
-KERNEL_INIT = nnx.initializers.normal(0.02)
+
+def kernel_init(config: TransformerConfig) -> Initializer:
+    """How embeddings and matrices begin."""
+    return nnx.initializers.normal(config.init_std)
 
 
 def out_init(config: TransformerConfig) -> Initializer:
     """How what a block adds begins: scaled by 1 / sqrt(2 L) as in GPT-2, or zero."""
     if config.zero_init_outputs:
         return nnx.initializers.zeros
-    return nnx.initializers.normal(0.02 / math.sqrt(2 * config.num_layers))
+    return nnx.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
 
 
 def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:
@@ -39,7 +42,9 @@ def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Mod
 def make_positions(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module | None:
     """The embedding of positions; rotary ones are the mixers', others scores of the logits."""
     if config.position == "learned":
-        return nn.LearnedPositions(config.context, config.width, rngs=rngs)
+        return nn.LearnedPositions(
+            config.context, config.width, embedding_init=kernel_init(config), rngs=rngs
+        )
     if config.position == "sinusoidal":
         return nn.SinusoidalPositions(config.width)
     return None
@@ -79,7 +84,8 @@ def make_bias(
         )
     if config.position == "alibi":
         return None
-    return nnx.Param(KERNEL_INIT(rngs.params(), (config.relative_buckets, config.num_heads)))
+    table = kernel_init(config)(rngs.params(), (config.relative_buckets, config.num_heads))
+    return nnx.Param(table)
 
 
 def position_score(config: TransformerConfig, bias: nnx.Param | None) -> Score | None:
@@ -99,7 +105,7 @@ def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForwa
         return None
     return nn.FeedForward(
         config.width, config.hidden, activation=config.activation, use_bias=config.use_bias,
-        kernel_init=KERNEL_INIT, out_init=out_init(config), dtype=config.dtype, rngs=rngs,
+        kernel_init=kernel_init(config), out_init=out_init(config), dtype=config.dtype, rngs=rngs,
     )  # fmt: skip
 
 
@@ -107,8 +113,9 @@ def make_cross_attention(config: TransformerConfig, rngs: nnx.Rngs) -> nn.MultiH
     """What reads the encoder's output: with the sizes of the mixers, but without positions."""
     return nn.MultiHeadAttention(
         config.width, config.num_heads, **{name: getattr(config, name) for name in HEADS},
-        use_bias=config.use_bias, qk_norm=config.qk_norm, dropout_rate=config.dropout_rate,
-        kernel_init=KERNEL_INIT, out_init=out_init(config), dtype=config.dtype, rngs=rngs,
+        use_bias=config.use_bias, qk_norm=config.qk_norm, scale=config.attention_scale,
+        dropout_rate=config.dropout_rate, kernel_init=kernel_init(config),
+        out_init=out_init(config), dtype=config.dtype, rngs=rngs,
     )  # fmt: skip
 
 
@@ -121,7 +128,7 @@ def make_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List:
     def block(layer: int, name: str) -> nn.TransformerBlock | CrossBlock:
         branches = [
             MIXERS[name].make(
-                config, layer, kernel_init=KERNEL_INIT, out_init=out_init(config),
+                config, layer, kernel_init=kernel_init(config), out_init=out_init(config),
                 dtype=config.dtype, rngs=rngs,
             )
         ]  # fmt: skip
@@ -186,7 +193,7 @@ def make_head(config: TransformerConfig, rngs: nnx.Rngs) -> nn.Linear | None:
         return None
     return nn.Linear(
         config.width, config.vocab_size, use_bias=False,
-        kernel_init=nnx.initializers.zeros if config.zero_init_outputs else KERNEL_INIT,
+        kernel_init=nnx.initializers.zeros if config.zero_init_outputs else kernel_init(config),
         dtype=config.dtype, rngs=rngs,
     )  # fmt: skip
 

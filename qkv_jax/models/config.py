@@ -25,6 +25,7 @@ class TransformerConfig:
     num_heads: int = 4  # N
     num_kv_heads: int | None = None  # K
     head_dim: int | None = None  # H
+    attention_scale: float | None = None  # of the logits; None: 1 / sqrt(H)
     mixer: str = "attention"  # names of `mixers.MIXERS`, separated by commas, repeated over layers
     window: int = 64
     block_size: int = 16
@@ -50,6 +51,7 @@ class TransformerConfig:
     share_qk: bool = False
     tie_embeddings: bool = True
     zero_init_outputs: bool = False
+    init_std: float = 0.02  # of embeddings and matrices
     logit_softcap: float = 0.0
     dropout_rate: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
@@ -109,6 +111,10 @@ class TransformerConfig:
                 "model.relative_distance: wanted more than model.relative_buckets / 2 = "
                 f"{self.relative_buckets // 2}, got {self.relative_distance}"
             )
+        for name in ("attention_scale", "init_std"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"model.{name}: wanted a number > 0, got {value}")
         if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
             raise ValueError(f"model.logit_softcap: wanted >= 0, got {self.logit_softcap}")
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):

@@ -7,10 +7,10 @@ from flax import nnx
 
 from qkv_jax import nn, ops
 from qkv_jax.models.blocks import (
-    KERNEL_INIT,
     add_positions,
     apply_blocks,
     dropout_rngs,
+    kernel_init,
     make_bias,
     make_blocks,
     make_head,
@@ -51,7 +51,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Embed(
-            config.vocab_size, config.width, embedding_init=KERNEL_INIT, dtype=config.dtype,
+            config.vocab_size, config.width, embedding_init=kernel_init(config), dtype=config.dtype,
             rngs=rngs,
         )  # fmt: skip
         self.positions = make_positions(config, rngs)

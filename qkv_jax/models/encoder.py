@@ -8,10 +8,10 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.blocks import (
-    KERNEL_INIT,
     add_positions,
     apply_blocks,
     dropout_rngs,
+    kernel_init,
     make_bias,
     make_blocks,
     make_head,
@@ -63,7 +63,11 @@ class Encoder(nnx.Module):
 
         def embed(number: int) -> nnx.Embed:
             return nnx.Embed(
-                number, config.width, embedding_init=KERNEL_INIT, dtype=config.dtype, rngs=rngs
+                number,
+                config.width,
+                embedding_init=kernel_init(config),
+                dtype=config.dtype,
+                rngs=rngs,
             )
 
         self.embedding = embed(config.vocab_size)
@@ -202,6 +206,6 @@ class SpanClassifier(nnx.Module):
 
 def _linear(config: EncoderConfig, outputs: int, rngs: nnx.Rngs) -> nn.Linear:
     return nn.Linear(
-        config.width, outputs, use_bias=config.use_bias, kernel_init=KERNEL_INIT,
+        config.width, outputs, use_bias=config.use_bias, kernel_init=kernel_init(config),
         dtype=config.dtype, rngs=rngs,
     )  # fmt: skip

@@ -7,10 +7,10 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.blocks import (
-    KERNEL_INIT,
     add_positions,
     apply_blocks,
     dropout_rngs,
+    kernel_init,
     make_bias,
     make_blocks,
     make_norm,
@@ -56,7 +56,11 @@ class EncoderDecoderConfig(TransformerConfig):
         except ValueError as error:
             raise ValueError(str(error).replace("model.mixer", "model.encoder_mixer")) from None
         # What the encoder or the cross-attention reads, no mixer of the decoder needs to read.
-        read = {*HEADS, *(field for name in encoder.pattern for field in MIXERS[name].reads)}
+        read = {
+            *HEADS,
+            "attention_scale",
+            *(field for name in encoder.pattern for field in MIXERS[name].reads),
+        }
         rest = {field: getattr(self, field) for field in SETTINGS if field not in read}
         DecoderConfig(**sizes, mixer=self.mixer, **rest)
 
@@ -112,7 +116,7 @@ class EncoderDecoder(nnx.Module):
         self.embedding = self.decoder.embedding
         if config.source_vocab_size is not None:
             self.embedding = nnx.Embed(
-                config.source_vocab_size, config.width, embedding_init=KERNEL_INIT,
+                config.source_vocab_size, config.width, embedding_init=kernel_init(config),
                 dtype=config.dtype, rngs=rngs,
             )  # fmt: skip
         self.positions = make_positions(config.encoder, rngs)

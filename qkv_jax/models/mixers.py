@@ -22,8 +22,8 @@ HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
 # may mix layers that want them with layers that know order by themselves.
 SETTINGS = (
-    *HEADS, "window", "block_size", "num_blocks", "num_global", "num_random", "top_k",
-    "num_features", "rank", "conv_width", "chunk_size",
+    *HEADS, "attention_scale", "window", "block_size", "num_blocks", "num_global", "num_random",
+    "top_k", "num_features", "rank", "conv_width", "chunk_size",
 )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _fields(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 MIXERS: dict[str, Mixer] = {
-    "attention": _attention(),
+    "attention": _attention(scale="attention_scale"),
     # Exact attention over part of the keys
     "sliding_window": _attention(op=Op(sparse.Local, window="window")),
     "chunked": _attention(op=Op(sparse.ChunkedLocal, size="window")),

@@ -35,6 +35,7 @@ class MultiHeadAttention(nnx.Module):
       rotary_base: base of the rotary position embedding on queries and keys; None: no rotation.
       share_kv: one projection makes keys and values.
       share_qk: one projection makes queries and keys.
+      scale: factor of the logits; None: the op's own, which is 1 / sqrt(H) for `ops.attention`.
       op: the attention function, called as `ops.attention` is.
       dropout_rate: of the attention weights, where a call passes `rng`.
       kernel_init, out_init: initialisers of the projections in and of the projection out.
@@ -59,6 +60,7 @@ class MultiHeadAttention(nnx.Module):
         rotary_base: float | None = None,
         share_kv: bool = False,
         share_qk: bool = False,
+        scale: float | None = None,
         op: Callable[..., jax.Array] = ops.attention,
         dropout_rate: float = 0.0,
         kernel_init: Initializer = _default_init,
@@ -81,6 +83,7 @@ class MultiHeadAttention(nnx.Module):
         self.head_dim = width // num_heads if head_dim is None else head_dim
         self.rotary_base = rotary_base
         self.rotary_factor = 1.0  # divides positions: more than 1 for longer texts than trained on
+        self.scale = scale
         self.dropout_rate = dropout_rate
         self.op = op
 
@@ -138,6 +141,8 @@ class MultiHeadAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_base is not None:
             q, k = self._rotate(q, positions), self._rotate(k, context_positions)
+        if self.scale is not None:
+            kwargs["scale"] = self.scale
         out = self.attend(
             x, q, k, v, mask=mask, score=score,
             q_positions=positions, kv_positions=context_positions,
@@ -159,7 +164,8 @@ class MultiHeadAttention(nnx.Module):
         Args:
           x: [B, T, D], what the queries were made from.
           q, k, v: [B, T, N, H] and [B, S, K, H], after norm and rotation.
-          **kwargs: mask, score, q_positions, kv_positions, dropout_rate and dropout_rng.
+          **kwargs: mask, score, q_positions, kv_positions, dropout_rate and dropout_rng; scale
+            where the module has one.
 
         Returns:
           [B, T, N, H].

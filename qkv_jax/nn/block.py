@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-NORMS = ("layer", "rms")
+NORMS = ("layer", "rms", "none")
 
 
 def make_norm(
@@ -19,15 +19,24 @@ def make_norm(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.LayerNorm | nnx.RMSNorm:
-    """The norm called "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019) of `width`."""
+) -> Callable[[jax.Array], jax.Array]:
+    """The norm called "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019) of `width`.
+
+    "none" is the identity.
+    """
     if name == "layer":
         return nnx.LayerNorm(
             width, epsilon=1e-5, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
     if name == "rms":
         return nnx.RMSNorm(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    if name == "none":
+        return _unchanged
     raise ValueError(f"norm: wanted one of {list(NORMS)}, got {name!r}")
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
@@ -58,7 +67,7 @@ class TransformerBlock(nnx.Module):
         mixer: nnx.Module,
         feed_forward: nnx.Module | None,
         *,
-        norm: Callable[[], nnx.Module],
+        norm: Callable[[], Callable[[jax.Array], jax.Array]],
         norm_position: str = "pre",
         dropout_rate: float = 0.0,
     ):

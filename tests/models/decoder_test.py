@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from qkv_jax import nn
-from qkv_jax.models import Decoder, DecoderConfig, interpolate_positions
+from qkv_jax.models import Decoder, DecoderConfig, attention_maps, interpolate_positions
 from qkv_jax.ops import masks, scores
 from qkv_jax.ops.positions import alibi_slopes
 from tests.parameters import randomised
@@ -94,17 +94,18 @@ def test_the_counts_are_those_that_others_publish():
     assert count(llama_7b) == 6_738_415_616
 
 
-def test_parameters_are_float32_and_initial_sizes_those_of_gpt2():
-    _, params = nn.split(decoder(width=96, num_heads=4, vocab_size=53))
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_parameters_are_float32_and_initial_sizes_those_of_gpt2_or_the_config(std):
+    _, params = nn.split(decoder(width=96, num_heads=4, vocab_size=53, init_std=std))
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
     block = params["blocks"][0]
     for kernel, deviation in (
-        (params["embedding"]["embedding"], 0.02),
-        (params["positions"]["table"], 0.02),
-        (block["mixer"]["query"]["kernel"], 0.02),
-        (block["feed_forward"]["up"]["kernel"], 0.02),
-        (block["mixer"]["out"]["kernel"], 0.02 / 2),  # 1 / sqrt(2 L), two layers
-        (block["feed_forward"]["down"]["kernel"], 0.02 / 2),
+        (params["embedding"]["embedding"], std),
+        (params["positions"]["table"], std),
+        (block["mixer"]["query"]["kernel"], std),
+        (block["feed_forward"]["up"]["kernel"], std),
+        (block["mixer"]["out"]["kernel"], std / 2),  # 1 / sqrt(2 L), two layers
+        (block["feed_forward"]["down"]["kernel"], std / 2),
     ):
         assert abs(np.std(kernel) / deviation - 1) < 0.1
 
@@ -199,6 +200,19 @@ def test_interpolated_positions_are_those_of_a_text_stretched_by_the_factor():
         interpolate_positions(model("learned"), 2.0)
     with pytest.raises(ValueError, match=r"factor: wanted a positive number, got 0"):
         interpolate_positions(m, 0)
+
+
+def test_the_scale_of_the_logits_is_what_the_config_says():
+    H = SMALL.attention_dim
+    plain = randomised(decoder())
+    maps = {
+        s: attention_maps(randomised(decoder(attention_scale=s)), TOKENS)[0] for s in (1.0, 2.0)
+    }
+    assert_close(attention_maps(randomised(decoder(attention_scale=H**-0.5)), TOKENS),
+                 attention_maps(plain, TOKENS))  # fmt: skip
+    # Of the first layer, whose input no scale has changed: softmax of twice the logits.
+    squares = np.asarray(maps[1.0]) ** 2
+    assert_close(maps[2.0], squares / squares.sum(-1, keepdims=True), scale=10)
 
 
 def test_without_a_feed_forward_network_a_block_only_mixes():
@@ -321,7 +335,7 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"share_qk": True, "num_kv_heads": 1}, r"model\.share_qk: "),
         ({"mixer": "mamba"}, r"model\.mixer: wanted one of .* got 'mamba'"),
         ({"activation": "tanh"}, r"model\.activation: wanted one of .* got 'tanh'"),
-        ({"norm": "batch"}, r"model\.norm: wanted one of \['layer', 'rms'\], got 'batch'"),
+        ({"norm": "batch"}, r"model\.norm: wanted one of .* got 'batch'"),
         ({"norm_position": "mid"}, r"model\.norm_position: .* got 'mid'"),
         ({"position": "rope"}, r"model\.position: .* got 'rope'"),
         ({"dtype": "float16"}, r"model\.dtype: .* got 'float16'"),
@@ -331,6 +345,9 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"dropout_rate": float("nan")}, r"model\.dropout_rate: .* got nan"),
         ({"logit_softcap": -1.0}, r"model\.logit_softcap: wanted >= 0, got -1\.0"),
         ({"logit_softcap": float("inf")}, r"model\.logit_softcap: .* got inf"),
+        ({"attention_scale": 0.0}, r"model\.attention_scale: wanted a number > 0, got 0\.0"),
+        ({"attention_scale": float("inf")}, r"model\.attention_scale: .* got inf"),
+        ({"init_std": -0.1}, r"model\.init_std: wanted a number > 0, got -0\.1"),
         ({"rotary_base": 1.0}, r"model\.rotary_base: wanted > 1, got 1\.0"),
     ],
     ids=repr,

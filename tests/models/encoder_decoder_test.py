@@ -191,6 +191,13 @@ def test_each_stack_has_the_mixers_that_its_field_names(mixer, encoder_mixer):
     assert (np.abs(apply(changed, TARGET, LENGTHS) - logits).max(-1) > 0).all()
 
 
+def test_the_scale_of_the_logits_reaches_every_attention():
+    m = model(T5, attention_scale=0.3, encoder_mixer="attention")
+    mixers = [b.mixer for b in (*m.blocks, *m.decoder.blocks)]
+    crossing = [b.cross.mixer for b in m.decoder.blocks]
+    assert [mixer.scale for mixer in mixers + crossing] == [0.3] * 3
+
+
 def test_relative_positions_reach_the_attention_beside_other_mixers():
     mixers = {"mixer": "lstm,attention", "encoder_mixer": "attention,gated_conv"}
     m = model(T5, num_layers=2, **mixers)

@@ -184,6 +184,10 @@ def test_a_pattern_repeats_over_the_layers():
         ({"mixer": "linformer"}, r"model\.mixer: 'linformer' sees later tokens too, so no decoder"),
         ({"mixer": "nystrom"}, r"model\.mixer: 'nystrom' sees later tokens too"),
         ({"window": 7}, r"model\.window: 7 was set, but no layer .* 'attention' .*sliding_window"),
+        (
+            {"mixer": "sliding_window", "attention_scale": 1.0},
+            r"model\.attention_scale: 1\.0 was set, but no layer .*; these do: attention",
+        ),
         ({"mixer": "lstm", "share_kv": True}, r"model\.share_kv: True was set, but no layer"),
         ({"mixer": "sliding_window", "window": 0}, r"model\.window: wanted a positive integer"),
     ],

@@ -47,6 +47,11 @@ def test_a_norm_is_its_formula(name, use_bias):
     assert_close(norm(X), expected, scale=3)
 
 
+def test_no_norm_changes_nothing():
+    norm = nn.make_norm("none", D, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(norm(X), X)
+
+
 @pytest.mark.parametrize("norm", nn.NORMS)
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_a_block_is_its_formula(norm_position, norm):
@@ -83,7 +88,9 @@ def test_dropout_drops_at_its_rate_and_scales_the_rest():
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(ValueError, match=r"norm: wanted one of \['layer', 'rms'\], got 'batch'"):
+    with pytest.raises(
+        ValueError, match=r"norm: wanted one of \['layer', 'rms', 'none'\], got 'batch'"
+    ):
         block(norm="batch")
     with pytest.raises(ValueError, match=r"norm_position: wanted 'pre' or 'post', got 'middle'"):
         block(norm_position="middle")
