@@ -57,6 +57,33 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
     return jnp.stack(maps)
 
 
+def prefix_matching(maps: jax.Array, tokens: jax.Array) -> jax.Array:
+    """How much each head looks at what came after earlier occurrences of the token it is at.
+
+        mean over t of the weight from t to all s with tokens[s - 1] = tokens[t], 0 < s <= t
+
+    over the places t of tokens that occurred before. An induction head's is near 1. Olsson et al.
+    2022, arxiv.org/abs/2209.11895.
+
+    Args:
+      maps: [L, B, N, T, T], of a decoder, from `attention_maps`.
+      tokens: integers [B, T].
+
+    Returns:
+      float32 [L, N]; NaN where no token occurs twice.
+    """
+    T = tokens.shape[1]
+    earlier = jnp.tril(tokens[:, :, None] == tokens[:, None, :], -1)  # [B, t, s]
+    after = jnp.pad(earlier, ((0, 0), (0, 0), (1, 0)))[..., :T]  # [B, t, s + 1]
+    weight = jnp.einsum("lbnts,bts->ln", maps, after.astype(maps.dtype))
+    return weight / earlier.any(-1).sum()
+
+
+def previous_token(maps: jax.Array) -> jax.Array:
+    """The mean weight that each head gives to the token before: [L, B, N, T, T] -> [L, N]."""
+    return jnp.diagonal(maps, -1, axis1=-2, axis2=-1).mean((1, 3))
+
+
 def _no_weights(model: Decoder, layer: int) -> NotImplementedError:
     mixer = type(model.blocks[layer].mixer).__name__
     return NotImplementedError(f"attention_maps: layer {layer}, {mixer}, has no attention weights")

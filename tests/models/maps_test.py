@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qkv_jax import nn, ops
-from qkv_jax.models import Decoder, DecoderConfig, attention_maps
+from qkv_jax.models import Decoder, DecoderConfig, attention_maps, prefix_matching, previous_token
 from tests.parameters import randomised
 from tests.tolerances import assert_close
 
@@ -64,3 +64,28 @@ def test_a_sparse_op_tells_the_weights_under_its_own_mask():
 def test_a_mixer_without_attention_weights_is_named():
     with pytest.raises(NotImplementedError, match="layer 1, LSTM, has no attention weights"):
         attention_maps(decoder(mixer="attention,lstm", num_kv_heads=None), TOKENS)
+
+
+def test_prefix_matching_is_the_weight_on_what_followed_the_same_token():
+    rng = np.random.RandomState(0)
+    maps = np.tril(rng.rand(L, B, N, 11, 11)).astype("f")
+    tokens = np.array([[3, 1, 2, 3, 1, 3, 0, 0, 4, 5, 6], np.arange(11)])  # one row never repeats
+    found = np.asarray(prefix_matching(maps, tokens))
+    # By hand: the places of tokens that came before, with the places after those.
+    after = {3: [1], 4: [2], 5: [1, 4], 7: [7]}
+    wanted = sum(maps[:, 0, :, t, places].sum(0) for t, places in after.items()) / len(after)
+    assert found.shape == (L, N)
+    assert_close(found, wanted)
+    assert np.isnan(np.asarray(prefix_matching(maps, tokens[[1, 1]]))).all()
+
+
+def test_a_head_that_looks_at_the_token_before_is_seen_to():
+    maps = np.zeros((L, B, N, T, T), "f")
+    maps[..., 0, 0] = 1
+    for t in range(1, T):
+        maps[..., t, t - 1] = 1
+    maps[1] = np.eye(T)
+    maps[2, 1, 0] = np.eye(T)
+    np.testing.assert_allclose(
+        previous_token(maps), [[1] * N, [0] * N, [0.5] + [1] * (N - 1)], atol=1e-6
+    )
