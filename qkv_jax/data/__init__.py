@@ -9,6 +9,7 @@
 All of it is deterministic and runs on the host: NumPy, no JAX.
 """
 
+from qkv_jax.data.arithmetic import modular_addition, split_pairs
 from qkv_jax.data.associations import recall
 from qkv_jax.data.batches import (
     check_token_ids,
@@ -27,6 +28,7 @@ from qkv_jax.data.masking import (
     sequential_masked_windows,
     stacked_masked_windows,
 )
+from qkv_jax.data.repetition import repeats
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
@@ -54,14 +56,17 @@ __all__ = [
     "cue",
     "load_corpus",
     "masked_windows",
+    "modular_addition",
     "ngram_floors",
     "pack_tokens",
     "python_docs",
     "random_windows",
     "recall",
+    "repeats",
     "sequential_masked_windows",
     "sequential_windows",
     "split",
+    "split_pairs",
     "stacked_masked_windows",
     "stacked_windows",
     "text_file",
