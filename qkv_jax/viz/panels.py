@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X<>"
+MANY = 20  # points, from which on a line has no markers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Panel:
         lines: name -> points (x, y), or (x, y, half of the spread of y).
         x_label: under the axes.
         levels: name -> y of a horizontal line, for what does not depend on x.
+        marks: name -> x of a vertical line, for what happens there.
     """
 
     title: str
     lines: Mapping[str, Sequence[tuple[float, ...]]]
     x_label: str
     levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @style.house_style()
@@ -39,6 +42,7 @@ def lines_figure(
     y_label: str,
     title: str | None = None,
     log_x: bool = False,
+    log_base: int = 2,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Panels in a row that share the vertical axis; a name has the same colour in each.
@@ -47,7 +51,8 @@ def lines_figure(
         panels: at least one, each with at least one line.
         y_label: of the shared axis.
         title: above all panels.
-        log_x: whether x is on a logarithmic axis, base 2.
+        log_x: whether x is on a logarithmic axis.
+        log_base: of that axis.
         y_limits: of the shared axis; None: what the lines need.
 
     Returns:
@@ -66,7 +71,7 @@ def lines_figure(
     fig = style.new_figure(1.6 + 2.5 * len(panels), 3.4, layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, panel in zip(axes, panels, strict=True):
-        _draw(ax, panel, look, log_x)
+        _draw(ax, panel, look, log_base if log_x else None)
     axes[0].set_ylabel(y_label)
     if y_limits is not None:
         axes[0].set_ylim(*y_limits)
@@ -81,13 +86,14 @@ def lines_figure(
     return fig
 
 
-def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_x: bool) -> None:
+def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None) -> None:
     for name, points in panel.lines.items():
         columns = list(zip(*sorted(points), strict=True))
         spread = columns[2] if len(columns) > 2 else None
         ax.errorbar(
             columns[0], columns[1], yerr=spread, label=name, linewidth=1.5, markersize=4.5,
-            capsize=2, elinewidth=0.8, **look[name],
+            capsize=2, elinewidth=0.8,
+            **look[name] | ({"marker": ""} if len(points) >= MANY else {}),
         )  # fmt: skip
     for name, level in panel.levels.items():
         ax.axhline(level, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -95,10 +101,16 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_x: bool) -> None
             name, (0.02, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
             textcoords="offset points", color=style.MUTED, fontsize=7.5,
         )  # fmt: skip
+    for name, place in panel.marks.items():
+        ax.axvline(place, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            name, (place, 0.6), xycoords=("data", "axes fraction"), xytext=(3, 0), rotation=90,
+            textcoords="offset points", color=style.MUTED, fontsize=7.5, va="top",
+        )  # fmt: skip
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
-    if log_x:
-        ax.set_xscale("log", base=2)
+    if log_base is not None:
+        ax.set_xscale("log", base=log_base)
         ticks = sorted({x for points in panel.lines.values() for x, *_ in points})
         if len(ticks) <= 6:
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -28,3 +28,15 @@ def test_points_are_drawn_in_order_and_a_name_has_one_colour():
 def test_nothing_to_draw_is_refused(panels):
     with pytest.raises(ValueError, match="panels: wanted at least one, each with a line"):
         viz.lines_figure(panels, y_label="y")
+
+
+def test_a_line_of_many_points_has_no_markers_and_marks_stand_at_their_place():
+    curve = [(x, x / 40) for x in range(1, 41)]
+    panel = Panel("a", {"curve": curve, **LINES}, "steps", marks={"here": 10})
+    fig = viz.lines_figure([panel], y_label="y", log_x=True, log_base=10)
+    (ax,) = fig.axes
+    many, few, _ = (container.lines[0] for container in ax.containers)
+    assert many.get_marker() == "" and few.get_marker() not in ("", "None")
+    assert ax.xaxis.get_transform().base == 10
+    assert [text.get_text() for text in ax.texts] == ["here"]
+    assert any(line.get_xdata()[0] == line.get_xdata()[-1] == 10 for line in ax.lines)
