@@ -21,15 +21,16 @@ def get_config() -> ConfigDict:
 
     # causal_lm: the next token | masked_lm: hidden tokens, both sides seen
     # recall: the value that went with a key | cue: what stood in the noise | copying: all of it
+    # repeats: the next token of what repeats | modular_addition: a sum
     config.task = "causal_lm"
 
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
     data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
     data.tokenizer = "char"  # char | byte | bpe
-    data.vocab_size = 4096  # bpe: entries of the vocabulary to train; recall, cue, copying: ids
+    data.vocab_size = 4096  # bpe: entries of the vocabulary to train; where data are made: ids
     data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json, train none
-    data.validation_fraction = 0.1  # the last part of the text, never trained on
+    data.validation_fraction = 0.1  # of the text, its last part; of all sums: never trained on
     data.context = 128  # tokens a training window has
     data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer
     data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
@@ -48,6 +49,7 @@ def get_config() -> ConfigDict:
     model.num_blocks = 4  # blocks that a query selects (moba, nsa)
     model.num_global = 1  # tokens (longformer) or blocks (bigbird) that see all and all see
     model.num_random = 1  # blocks that a block of queries draws (bigbird)
+    model.attention_scale = placeholder(float)  # of the logits (attention); None: 1 / sqrt(H)
     model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)
     model.num_features = 128  # random features of a head (performer)
     model.rank = 32  # rows (linformer), landmarks (nystrom), width of the latent (latent)
@@ -55,7 +57,7 @@ def get_config() -> ConfigDict:
     model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
     model.mlp_width = placeholder(int)  # F; None: 4 * width; 0: attention (or what mixes) alone
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
-    model.norm = "rms"  # layer | rms
+    model.norm = "rms"  # layer | rms | none
     model.norm_position = "pre"  # pre | post
     model.position = "rotary"  # learned | sinusoidal | rotary | alibi | relative (T5) | none
     model.rotary_base = 10_000.0
@@ -67,6 +69,7 @@ def get_config() -> ConfigDict:
     model.share_qk = False  # one projection for queries and keys
     model.tie_embeddings = False  # output head = token embedding transposed
     model.zero_init_outputs = True  # each block starts as the identity
+    model.init_std = 0.02  # of the initial embeddings and matrices; outputs: / sqrt(2 num_layers)
     model.logit_softcap = 15.0  # cap * tanh(logits / cap); 0: none
     model.dropout_rate = 0.0
 

@@ -141,10 +141,9 @@ def _heading(task: Task, result: dict[str, Any]) -> list[str]:
 def _while_training(task: Task, rows: list[dict[str, Any]]) -> list[str]:
     validation = [row for row in rows if "validation_loss" in row]
     best = min(validation, key=lambda row: row["validation_loss"])
-    last, train = validation[-1], task.settings.train
-    number = train.eval_batches * task.settings.windows["batch_size"]
+    last = validation[-1]
     return [
-        f"While training, over {number} random windows: best loss {best['validation_loss']:.4f} at "
+        f"While training, over {task.watched}: best loss {best['validation_loss']:.4f} at "
         f"step {best['step']}, last {last['validation_loss']:.4f}.",
         "",
     ]

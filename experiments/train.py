@@ -58,6 +58,7 @@ def main(_) -> None:
         )
     )
     eval_step = training.make_eval_step(graphdef, task.predict)
+    probe = task.make_probe(graphdef)
     print(f"model: {nn.count(params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Where it stopped last time ---
@@ -107,7 +108,7 @@ def main(_) -> None:
         placed = (jax.device_put(batch, by_row) for batch in task.eval_batches())
         means = training.mean_metrics(eval_step, state.params, placed)
         found = {f"validation_{name}": value for name, value in means.items()}
-        writer.write(now, found | {"elapsed": elapsed()})
+        writer.write(now, found | probe(state.params) | {"elapsed": elapsed()})
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
 

@@ -3,8 +3,10 @@
 Another task is another class in this package, with a name in `TASKS`, which `config.task` uses.
 """
 
+from experiments.tasks.addition import ModularAddition
 from experiments.tasks.generated import Copying, Cue, GeneratedTask, Recall
 from experiments.tasks.masked import MaskedLM
+from experiments.tasks.repeats import Repeats
 from experiments.tasks.task import Example, Task
 from experiments.tasks.text import CausalLM, TextTask
 
@@ -14,6 +16,8 @@ TASKS: dict[str, type[Task]] = {
     "recall": Recall,
     "cue": Cue,
     "copying": Copying,
+    "repeats": Repeats,
+    "modular_addition": ModularAddition,
 }
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -74,6 +74,20 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def eval_batches(self) -> Iterator[Batch]:
         """Batches that were not trained on, the same each time: for looking while training."""
+
+    @property
+    def watched(self) -> str:
+        """What `eval_batches` holds, in words."""
+        number = self.settings.train.eval_batches * self.settings.windows["batch_size"]
+        return f"{number} random windows"
+
+    def make_probe(self, graphdef: nnx.GraphDef) -> Callable[[nn.Params], dict[str, float]]:
+        """What is followed while training beside loss and accuracy: a function of the parameters.
+
+        It is called at each evaluation; what it returns stands in the metrics by its own names.
+        """
+        del graphdef
+        return lambda params: {}
 
     # --- At the end ---
 
