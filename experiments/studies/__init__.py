@@ -8,7 +8,17 @@ Another study is a config in `configs/<name>.py`, made with `configs/study.py`, 
 import importlib
 from collections.abc import Callable, Sequence
 
-from experiments.studies import distance, heads, lm, positions, projections, recall
+from experiments.studies import (
+    distance,
+    grokking,
+    heads,
+    induction,
+    lm,
+    positions,
+    projections,
+    recall,
+    scale,
+)
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
 # name -> what a study's results, one line for each run, say of its claim
@@ -19,6 +29,9 @@ STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
     "heads": heads.judge,
     "positions": positions.judge,
     "lm": lm.judge,
+    "scale": scale.judge,
+    "induction": induction.judge,
+    "grokking": grokking.judge,
 }
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ def write(out: Path, study: Study, lines: Sequence[Line], findings: Findings, co
         "runs": [_record(of_run) for of_run in lines],
     }
     write_text_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")
-    write_text_atomic(out / TABLE, _csv(lines, command))
+    write_text_atomic(out / TABLE, _csv(_rows(lines), command))
+    for name, rows in findings.tables.items():
+        write_text_atomic(out / f"{name}.csv", _csv(rows, command))
     write_text_atomic(out / REPORT, _markdown(study, lines, findings, record))
 
 
@@ -60,12 +62,15 @@ def _numbers(result: Any) -> dict[str, Any]:
     }
 
 
-def _csv(lines: Sequence[Line], command: str) -> str:
-    rows = [
+def _rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    return [
         {"run": of_run.name, "seed": result.run.seed} | _numbers(result)
         for of_run in lines
         for result in of_run.results
     ]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     text = io.StringIO()
     text.write(f"# {command}\n")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -103,6 +108,7 @@ def _markdown(
             "",
             *pictures,
             *(f"{note}\n" for note in findings.notes),
+            *(f"Every number of it: [{name}.csv]({name}.csv).\n" for name in findings.tables),
             "## All runs",
             "",
             *_table(lines),

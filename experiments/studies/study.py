@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from qkv_jax.training.run_directory import (
     config_to_json,
     flat_fields,
 )
+from qkv_jax.training.writers import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,6 +87,11 @@ class Result:
     peak_memory_bytes: int | None
     state_size: int | None
 
+    def evaluations(self) -> list[dict[str, float]]:
+        """What was measured while training: `step`, `validation_loss` and so on, in order."""
+        rows = read_metrics(self.run.directory.metrics)
+        return [row for row in rows if "validation_loss" in row]
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -98,6 +104,8 @@ class Findings:
       figures: pictures, by file name without suffix, in the order in which to show them.
       captions: what was claimed and found, a sentence each.
       notes: what else is to be said, a paragraph each.
+      tables: what was measured beside the runs' scores, by file name without suffix: rows, each a
+        value by the name of its column.
     """
 
     holds: bool
@@ -106,6 +114,7 @@ class Findings:
     figures: dict[str, Figure]
     captions: dict[str, str]
     notes: Sequence[str] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:

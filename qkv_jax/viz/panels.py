@@ -43,33 +43,35 @@ def lines_figure(
     title: str | None = None,
     log_x: bool = False,
     log_base: int = 2,
+    share_x: bool = False,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Panels in a row that share the vertical axis; a name has the same colour in each.
 
     Args:
-        panels: at least one, each with at least one line.
+        panels: at least one, each with at least one line or mark.
         y_label: of the shared axis.
         title: above all panels.
         log_x: whether x is on a logarithmic axis.
         log_base: of that axis.
+        share_x: whether the panels share the horizontal axis too.
         y_limits: of the shared axis; None: what the lines need.
 
     Returns:
         A new figure.
 
     Raises:
-        ValueError: no panel, or one without a line.
+        ValueError: no panel, or an empty one.
     """
-    if not panels or not all(panel.lines for panel in panels):
-        raise ValueError("panels: wanted at least one, each with a line")
+    if not panels or not all(panel.lines or panel.marks for panel in panels):
+        raise ValueError("panels: wanted at least one, each with a line or a mark")
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     look = {
         name: {"color": style.PALETTE[i % len(style.PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
         for i, name in enumerate(names)
     }
     fig = style.new_figure(1.6 + 2.5 * len(panels), 3.4, layout="constrained")
-    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = fig.subplots(1, len(panels), sharex=share_x, sharey=True, squeeze=False)[0]
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel, look, log_base if log_x else None)
     axes[0].set_ylabel(y_label)
@@ -104,15 +106,16 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     for name, place in panel.marks.items():
         ax.axvline(place, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         ax.annotate(
-            name, (place, 0.6), xycoords=("data", "axes fraction"), xytext=(3, 0), rotation=90,
+            name, (place, 0.6), xycoords=("data", "axes fraction"), xytext=(1.5, 0), rotation=90,
             textcoords="offset points", color=style.MUTED, fontsize=7.5, va="top",
         )  # fmt: skip
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
     if log_base is not None:
         ax.set_xscale("log", base=log_base)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
         ticks = sorted({x for points in panel.lines.values() for x, *_ in points})
-        if len(ticks) <= 6:
+        if 0 < len(ticks) <= 6:
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             ax.minorticks_off()
     for side in ("top", "right"):

@@ -26,7 +26,7 @@ def test_points_are_drawn_in_order_and_a_name_has_one_colour():
 
 @pytest.mark.parametrize("panels", [[], [Panel("empty", {}, "x")]])
 def test_nothing_to_draw_is_refused(panels):
-    with pytest.raises(ValueError, match="panels: wanted at least one, each with a line"):
+    with pytest.raises(ValueError, match="panels: wanted at least one, each with a line or a mark"):
         viz.lines_figure(panels, y_label="y")
 
 
@@ -38,5 +38,6 @@ def test_a_line_of_many_points_has_no_markers_and_marks_stand_at_their_place():
     many, few, _ = (container.lines[0] for container in ax.containers)
     assert many.get_marker() == "" and few.get_marker() not in ("", "None")
     assert ax.xaxis.get_transform().base == 10
+    assert ax.xaxis.get_major_formatter()(1000, 0) == "1,000"  # no mathematics is parsed
     assert [text.get_text() for text in ax.texts] == ["here"]
     assert any(line.get_xdata()[0] == line.get_xdata()[-1] == 10 for line in ax.lines)
