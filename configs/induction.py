@@ -36,7 +36,7 @@ def get_config(size: str = "small") -> ConfigDict:
         name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=100, b2=0.98,
     )  # fmt: skip
     if size == "small":
-        config.minutes = 8
+        config.minutes = 5
         config.differences = (
             "random tokens that repeat instead of texts", "width 128, 64 tokens a row",
         )  # fmt: skip

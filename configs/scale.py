@@ -18,9 +18,9 @@ SCALES = {"scaled": {}, "unscaled": {"model.attention_scale": 1.0}}
 def get_config(size: str = "small") -> ConfigDict:
     config = study.get_config("scale", size)
     config.claim = (
-        "Without the factor 1 / sqrt(d_k) logits have variance d_k: the wider a head, the more the "
-        "softmax saturates, the smaller its gradient and the worse training; with it, none of this "
-        "depends on d_k."
+        "Without the factor 1 / sqrt(d_k) logits have variance d_k: in wide heads the softmax "
+        "saturates, its gradient vanishes and training suffers; with it, none of this depends on "
+        "d_k."
     )
     config.published = (
         "q . k has variance d_k where components are independent of variance 1; for large d_k dot "
@@ -32,11 +32,12 @@ def get_config(size: str = "small") -> ConfigDict:
     base.model.update(qk_norm=False, zero_init_outputs=False, logit_softcap=0.0)
     base.optimizer.update(name="adamw", learning_rate=2e-3)
     if size == "small":
-        config.minutes = 15
+        config.minutes = 10
         config.differences = ("a causal character model of 2 layers instead of translation",)
-        base.model.update(num_layers=2, width=128, num_heads=2)
-        base.train.update(num_steps=300, eval_every=150)
-        dims = (8, 32, 128, 512)
+        base.model.update(num_layers=2, width=64, num_heads=2)
+        base.data.context = 64
+        base.train.update(num_steps=250, eval_every=250)
+        dims = (4, 16, 64, 256)
     else:
         config.minutes = 90
         config.differences = ("a causal character model of 6 layers instead of translation",)

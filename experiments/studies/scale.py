@@ -63,10 +63,11 @@ def judge(lines: Sequence[Line]) -> Findings:
         holds=not failed,
         ours=f"at d_k = {' / '.join(f'{dim:,}' for dim in shown)}, unscaled: "
         + "; ".join(
-            f"{label} " + " / ".join(f"{found['unscaled'][dim][what]:.2g}" for dim in shown)
+            f"{label} " + " / ".join(f"{_short(found['unscaled'][dim][what])}" for dim in shown)
             for what, label in LABELS.items()
         )
-        + f"; scaled at every d_k: variance 1, largest weight {wide['scaled']['largest']:.2f}",
+        + f"; scaled, at {widest:,}: "
+        + ", ".join(f"{label} {_short(wide['scaled'][what])}" for what, label in LABELS.items()),
         margin=margin,
         figures=_figures(found, losses),
         captions=CAPTIONS,
@@ -127,6 +128,10 @@ def _at_initialisation(head_dim: int, scale: jax.Array) -> dict[str, jax.Array]:
         "largest": ops.attention_weights(q, k, scale=scale).max(-1).mean(),
         "gradient": jnp.median(jnp.linalg.norm(gradient, axis=-1)),
     }
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _is_predicted(item: tuple[str, dict[int, dict[str, float]]]) -> bool:
