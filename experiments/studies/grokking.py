@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from experiments.studies.study import Findings, Line, Result
+from experiments.studies.study import Findings, Line, Result, all_evaluations
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -23,19 +23,18 @@ def judge(lines: Sequence[Line]) -> Findings:
         {name: [reached(r, what) for r in named[name].results] for name in (DECAY, NO_DECAY)}
         for what in (SHOWN, HELD_OUT)
     )
-    delays = [b / a for a, b in zip(shown[DECAY], held_out[DECAY], strict=True)]
+    delays = [
+        b / a if a < math.inf else 0.0 for a, b in zip(shown[DECAY], held_out[DECAY], strict=True)
+    ]
     first = named[DECAY].results[0].run
     last, seed = first.config.train.num_steps, first.seed
-    failed = [
-        what
-        for what, right in (
-            ("learning by heart", max(shown[DECAY] + shown[NO_DECAY]) <= last),
-            ("understanding", max(held_out[DECAY]) <= last),
-            ("the delay", min(delays) >= LATER),
-            ("the need of weight decay", min(held_out[NO_DECAY]) > last),
-        )
-        if not right
-    ]
+    right = {
+        "learning by heart": max(shown[DECAY] + shown[NO_DECAY]) <= last,
+        "understanding": max(held_out[DECAY]) <= last,
+        "the delay": min(delays) >= LATER,
+        "the need of weight decay": min(held_out[NO_DECAY]) > last,
+    }
+    failed = [what for what, is_right in right.items() if not is_right]
     margin = (
         f"With weight decay {KNOWN:.0%} of the sums shown are right at step {_told(shown[DECAY])}, "
         f"of the held-out ones at step {_told(held_out[DECAY])} (by seed): "
@@ -62,28 +61,17 @@ def judge(lines: Sequence[Line]) -> Findings:
             "added. The share of the numbers' embedding, in its Fourier transform, that lies in "
             "five frequencies. It grows before the accuracy does.",
         },
-        tables={
-            "curves": [
-                {"run": line.name, "seed": result.run.seed} | row
-                for line in lines
-                for result in line.results
-                for row in result.evaluations()
-            ]
-        },
+        tables={"curves": all_evaluations(lines)},
     )
 
 
 def reached(result: Result, what: str) -> float:
     """The first step from which on an accuracy was high enough; infinity: never."""
-    return next((row["step"] for row in result.evaluations() if row[what] >= KNOWN), math.inf)
+    return next((step for step, accuracy in result.curve(what) if accuracy >= KNOWN), math.inf)
 
 
 def _told(steps: Sequence[float]) -> str:
     return ", ".join("never" if step == math.inf else f"{step:,.0f}" for step in steps)
-
-
-def _curve(result: Result, what: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[what]) for row in result.evaluations()]
 
 
 def _accuracy(named: dict[str, Line]):
@@ -91,8 +79,8 @@ def _accuracy(named: dict[str, Line]):
         Panel(
             name,
             {
-                "shown": _curve(line.results[0], SHOWN),
-                "held out": _curve(line.results[0], HELD_OUT),
+                "shown": line.results[0].curve(SHOWN),
+                "held out": line.results[0].curve(HELD_OUT),
             },
             "steps",
         )
@@ -106,7 +94,7 @@ def _accuracy(named: dict[str, Line]):
 
 
 def _frequencies(named: dict[str, Line]):
-    lines = {name: _curve(line.results[0], "frequencies") for name, line in named.items()}
+    lines = {name: line.results[0].curve("frequencies") for name, line in named.items()}
     return viz.lines_figure(
         [Panel("embedding of the numbers", lines, "steps")],
         y_label="share in 5 frequencies", y_limits=(-0.03, 1.05), log_x=True, log_base=10,

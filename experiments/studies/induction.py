@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from experiments.studies.study import Findings, Line, Result
+from experiments.studies.study import Findings, Line, Result, all_evaluations
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -26,21 +26,18 @@ def judge(lines: Sequence[Line]) -> Findings:
     ratio = {name: [_ratio(r) for r in named[name].results] for name in (DEEP, SHALLOW)}
     best = {name: [_best(r)[1] for r in named[name].results] for name in (DEEP, SHALLOW)}
     turns = [
-        (halfway(curve(result, REPEATED)), halfway(curve(result, _best(result)[0])))
+        (halfway(result.curve(REPEATED)), halfway(result.curve(_best(result)[0])))
         for result in deep
     ]
     apart = max(max(pair) / min(pair) for pair in turns)
-    failed = [
-        what
-        for what, right in (
-            ("two layers' loss", max(ratio[DEEP]) <= FAR),
-            ("two layers' heads", min(best[DEEP]) >= HEAD),
-            ("at the same time", apart <= TOGETHER),
-            ("one layer's loss", min(ratio[SHALLOW]) >= LITTLE),
-            ("one layer's heads", max(best[SHALLOW]) < HEAD),
-        )
-        if not right
-    ]
+    right = {
+        "two layers' loss": max(ratio[DEEP]) <= FAR,
+        "two layers' heads": min(best[DEEP]) >= HEAD,
+        "at the same time": apart <= TOGETHER,
+        "one layer's loss": min(ratio[SHALLOW]) >= LITTLE,
+        "one layer's heads": max(best[SHALLOW]) < HEAD,
+    }
+    failed = [what for what, is_right in right.items() if not is_right]
     margin = (
         f"On repeated tokens two layers have {max(ratio[DEEP]):.0%} of the loss on new ones at "
         f"most, one layer {min(ratio[SHALLOW]):.0%} at least. The best head gives what followed "
@@ -71,14 +68,8 @@ def judge(lines: Sequence[Line]) -> Findings:
             "because a head of the first looks at the token before (on the right); one layer has "
             f"no such head. The {SHOWN} heads of each layer that end highest.",
         },
-        tables={"curves": [_row(result, row) for line in lines for result in line.results
-                           for row in result.evaluations()]},
-    )  # fmt: skip
-
-
-def curve(result: Result, name: str) -> Points:
-    """(step, value) of what was measured while training."""
-    return [(row["step"], row[name]) for row in result.evaluations()]
+        tables={"curves": all_evaluations(lines)},
+    )
 
 
 def halfway(points: Points) -> float:
@@ -98,18 +89,14 @@ def _best(result: Result) -> tuple[str, float]:
     return max(scores.items(), key=lambda item: item[1])
 
 
-def _row(result: Result, row: dict[str, float]) -> dict[str, float | str]:
-    return {"run": result.run.name, "seed": result.run.seed} | row
-
-
 def _losses(deep: Result, shallow: Result):
     guessing = {"guessing": math.log(deep.run.config.data.vocab_size)}
-    half = {"half-way": halfway(curve(deep, REPEATED))}
+    half = {"half-way": halfway(deep.curve(REPEATED))}
     return viz.lines_figure(
         [
             Panel(
                 result.run.name,
-                {"new tokens": curve(result, NEW), "repeated tokens": curve(result, REPEATED)},
+                {"new tokens": result.curve(NEW), "repeated tokens": result.curve(REPEATED)},
                 "steps", guessing, marks,
             )
             for result, marks in ((deep, half), (shallow, {}))
@@ -119,7 +106,7 @@ def _losses(deep: Result, shallow: Result):
 
 
 def _heads(deep: Result, shallow: Result):
-    half = {"half-way": halfway(curve(deep, REPEATED))}
+    half = {"half-way": halfway(deep.curve(REPEATED))}
     return viz.lines_figure(
         [
             Panel("prefix matching, two layers", _curves(deep, MATCHING), "steps", marks=half),
@@ -137,7 +124,7 @@ def _curves(result: Result, prefix: str) -> dict[str, Points]:
         if name.startswith(prefix):
             layers.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
     return {
-        f"layer {layer}, head {name.rpartition('.')[2]}": curve(result, name)
+        f"layer {layer}, head {name.rpartition('.')[2]}": result.curve(name)
         for layer in sorted(layers)
         for name in sorted(layers[layer][:SHOWN])
     }

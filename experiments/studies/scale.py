@@ -35,19 +35,16 @@ def judge(lines: Sequence[Line]) -> Findings:
         for dim, line in losses["unscaled"].items()
     }
     noise = max(line.spread("loss") for line in lines)
-    near, far, widest = min(cost), max(cost), max(DIMS)
+    near, far, widest, shown = min(cost), max(cost), max(DIMS), DIMS[1:]
     wide = {name: by_dim[widest] for name, by_dim in found.items()}
     gradient = wide["unscaled"]["gradient"] / wide["scaled"]["gradient"]
-    failed = [
-        what
-        for what, right in (
-            ("the variance", all(map(_is_predicted, found.items()))),
-            ("the softmax", wide["unscaled"]["largest"] > wide["scaled"]["largest"]),
-            ("the gradient", gradient <= TINY),
-            ("the loss", cost[far] > max(noise, cost[near])),
-        )
-        if not right
-    ]
+    right = {
+        "the variance": all(map(_is_predicted, found.items())),
+        "the softmax": wide["unscaled"]["largest"] > wide["scaled"]["largest"],
+        "the gradient": gradient <= TINY,
+        "the loss": cost[far] > max(noise, cost[near]),
+    }
+    failed = [what for what, is_right in right.items() if not is_right]
     margin = (
         f"At d_k = {widest:,} unscaled logits have variance {wide['unscaled']['variance']:,.0f}, "
         f"the largest of {KEYS} weights is {wide['unscaled']['largest']:.2f} "
@@ -58,12 +55,11 @@ def judge(lines: Sequence[Line]) -> Findings:
     )
     if failed:
         margin += f" Not as claimed: {', '.join(failed)}."
-    shown = DIMS[1:]
     return Findings(
         holds=not failed,
         ours=f"at d_k = {' / '.join(f'{dim:,}' for dim in shown)}, unscaled: "
         + "; ".join(
-            f"{label} " + " / ".join(f"{_short(found['unscaled'][dim][what])}" for dim in shown)
+            f"{label} " + " / ".join(_short(found["unscaled"][dim][what]) for dim in shown)
             for what, label in LABELS.items()
         )
         + f"; scaled, at {widest:,}: "

@@ -92,6 +92,10 @@ class Result:
         rows = read_metrics(self.run.directory.metrics)
         return [row for row in rows if "validation_loss" in row]
 
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of what was measured while training, by its name there."""
+        return [(row["step"], row[name]) for row in self.evaluations()]
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -195,6 +199,16 @@ def by_run(results: Iterable[Result]) -> list[Line]:
     for result in results:
         groups.setdefault(result.run.name, []).append(result)
     return [Line(name, group[0].run.fields, tuple(group)) for name, group in groups.items()]
+
+
+def all_evaluations(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """What was measured while training, of every run and seed, as rows of a table."""
+    return [
+        {"run": line.name, "seed": result.run.seed} | row
+        for line in lines
+        for result in line.results
+        for row in result.evaluations()
+    ]
 
 
 def by_kind(lines: Iterable[Line], separator: str = ", ") -> dict[str, dict[str, Line]]:
