@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer
     data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
     data.num_pairs = 8  # recall: keys with a value in a window
+    data.min_pairs = placeholder(int)  # recall: as few in some training windows; None: num_pairs
 
     config.model = model = ConfigDict()
     model.num_layers = 4
@@ -47,7 +48,9 @@ def get_config() -> ConfigDict:
     model.window = 64  # tokens that local attention looks back; contextual positions (cope)
     model.block_size = 16  # tokens in a block (bigbird, moba, nsa), a stride (strided, fixed)
     model.num_blocks = 4  # blocks that a query selects (moba, nsa)
-    model.num_global = 1  # tokens (longformer) or blocks (bigbird) that see all and all see
+    model.num_global = (
+        1  # first tokens (longformer, streaming) or blocks (bigbird) that see all and all see
+    )
     model.num_random = 1  # blocks that a block of queries draws (bigbird)
     model.attention_scale = placeholder(float)  # of the logits (attention); None: 1 / sqrt(H)
     model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)

@@ -12,11 +12,11 @@ LOOP = "delta_loop"  # the name of what is no mixer: the delta rule in chunks be
 FAMILIES: dict[str, tuple[str, ...]] = {
     "exact": (EXACT,),
     "part of the keys": (
-        "sliding_window", "chunked", "longformer", "bigbird", "strided", "fixed",
+        "sliding_window", "chunked", "longformer", "streaming", "bigbird", "strided", "fixed",
     ),
     "chosen keys": ("topk", "moba", "nsa", "memory"),
     "other weights": (
-        "sigmoid", "entmax", "sparsemax", "off_by_one", "talking_heads", "differential",
+        "sigmoid", "entmax", "sparsemax", "off_by_one", "sink", "talking_heads", "differential",
     ),
     "other logits and values": (
         "cosine", "forgetting", "cope", "bahdanau", "luong", "value_residual", "latent",
@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 # What claims to be linear in T, and so to beat exact attention where T is long.
 LINEAR = frozenset(
     (*FAMILIES["linear"], *FAMILIES["low rank"], "sliding_window", "chunked", "longformer",
-     "gated_conv")
+     "streaming", "gated_conv")
 )  # fmt: skip
 # Why something, or a whole family, may not be faster than exact attention: said where it is not.
 REASONS = {

@@ -37,6 +37,7 @@ class DataConfig:
     longer: tuple[int, ...]
     mask_rate: float
     num_pairs: int
+    min_pairs: int | None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "num_pairs"):

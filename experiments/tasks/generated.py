@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
@@ -44,10 +44,14 @@ class GeneratedTask(Task):
 
         With `distances`, int32 [B, T], how far back an answer stands, it is also measured by that.
         """
-        sizes = {name: getattr(self.settings.data, name) for name in ("context", *self.reads)}
         return self.rows(
-            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream, **sizes
-        )
+            seed=self.settings.seed, step=step, batch_size=batch_size, stream=stream,
+            **self.arguments(stream),
+        )  # fmt: skip
+
+    def arguments(self, stream: int) -> dict[str, Any]:
+        """What `rows` is called with beside: the context and the fields in `reads`."""
+        return {name: getattr(self.settings.data, name) for name in ("context", *self.reads)}
 
     @property
     def validation(self) -> str:
@@ -142,8 +146,13 @@ class Recall(GeneratedTask):
     """Multi-query associative recall: `qkv_jax.data.recall`."""
 
     rows = staticmethod(data.recall)
-    reads = ("vocab_size", "num_pairs")
+    reads = ("vocab_size", "num_pairs", "min_pairs")
     rule = "Each row shows keys with their values; asked by a key again, answer with its value."
+
+    def arguments(self, stream: int) -> dict[str, Any]:
+        """Rows may have fewer pairs while training; what is measured has all."""
+        fewest = {} if stream == data.TRAINING else {"min_pairs": None}
+        return super().arguments(stream) | fewest
 
     @property
     def sizes(self) -> str:

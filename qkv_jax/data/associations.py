@@ -16,6 +16,7 @@ def recall(
     context: int,
     num_pairs: int,
     vocab_size: int,
+    min_pairs: int | None = None,
     stream: int = draws.TRAINING,
 ) -> Batch:
     """Pairs of a key and a value, then each key again: the model answers with its value.
@@ -36,11 +37,13 @@ def recall(
         context: tokens of a row, `T`, an even number, at least `4 * num_pairs`.
         num_pairs: pairs in a row, `P`.
         vocab_size: ids, `V`.
+        min_pairs: rows have this many pairs to `num_pairs`, each number as often, and id 0 where
+            the others would stand; by default all have `num_pairs`.
         stream: `TRAINING`, `EVALUATION`, or any other number in [0, 2**64).
 
     Returns:
-        `inputs` and `targets`, int32 [B, T], and `weights`, float32 [B, T]: 1 at the P places
-        where a value is wanted.
+        `inputs` and `targets`, int32 [B, T], and `weights`, float32 [B, T]: 1 at the places, one
+        for each pair, where a value is wanted.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -51,6 +54,8 @@ def recall(
         raise ValueError(
             f"context is {context}; wanted an even number, at least 4 * num_pairs = {4 * num_pairs}"
         )
+    if min_pairs is not None and not 1 <= min_pairs <= num_pairs:
+        raise ValueError(f"min_pairs is {min_pairs}; wanted 1 to num_pairs = {num_pairs}")
     half = vocab_size // 2
     if half - 1 < num_pairs:
         raise ValueError(
@@ -58,13 +63,18 @@ def recall(
             f"{num_pairs} pairs and the id 0"
         )
     slots = (context - 2 * num_pairs) // 2
-    choices = (half - 1, vocab_size - half, slots)  # keys, values, places of queries
+    choices = (half - 1, vocab_size - half, slots, 1)  # keys, values, places of queries, pairs
     uniform = draws.uniform((batch_size, sum(choices)), seed=seed, step=step, stream=stream)
-    key_draws, value_draws, slot_draws = np.split(uniform, np.cumsum(choices)[:2], axis=-1)
+    key_draws, value_draws, slot_draws, pair_draws = np.split(
+        uniform, np.cumsum(choices)[:-1], axis=-1
+    )
     late = np.arange(1, slots + 1) ** (POWER - 1.0)
     keys = 1 + draws.without_replacement(key_draws, num_pairs, np.ones(choices[0]))
     values = half + draws.without_replacement(value_draws, num_pairs, np.ones(choices[1]))
     queries = 2 * num_pairs + 2 * draws.without_replacement(slot_draws, num_pairs, late)
+    fewest = num_pairs if min_pairs is None else min_pairs
+    present = np.arange(num_pairs) < fewest + np.floor(pair_draws * (num_pairs - fewest + 1))
+    keys, values = keys * present, values * present
 
     inputs = np.zeros((batch_size, context), np.int32)
     targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32)
@@ -72,5 +82,5 @@ def recall(
     inputs[:, 1 : 2 * num_pairs : 2] = values
     np.put_along_axis(inputs, queries, keys.astype(np.int32), axis=-1)
     np.put_along_axis(targets, queries, values.astype(np.int32), axis=-1)
-    np.put_along_axis(weights, queries, np.float32(1), axis=-1)
+    np.put_along_axis(weights, queries, present.astype(np.float32), axis=-1)
     return {"inputs": inputs, "targets": targets, "weights": weights}

@@ -15,7 +15,7 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
-from qkv_jax.ops import features, lowrank, moba, normalizers, sparse, top_k
+from qkv_jax.ops import features, lowrank, moba, normalizers, sparse, streaming, top_k
 from qkv_jax.ops.native_sparse import Pattern
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
@@ -151,6 +151,15 @@ MIXERS: dict[str, Mixer] = {
     "sliding_window": _attention(op=Op(sparse.Local, window="window")),
     "chunked": _attention(op=Op(sparse.ChunkedLocal, size="window")),
     "longformer": _attention(op=Op(sparse.Longformer, window="window", num_global="num_global")),
+    "streaming": _attention(
+        op=Op(
+            streaming.Streaming,
+            window="window",
+            num_sinks="num_global",
+            rotary_base=_rotary_base,
+        ),
+        bidirectional=False,
+    ),
     "bigbird": _attention(
         op=Op(
             sparse.BigBird,
@@ -175,6 +184,7 @@ MIXERS: dict[str, Mixer] = {
     "entmax": _attention(op=Op(normalizers.Entmax, alpha=1.5)),
     "sparsemax": _attention(op=Op(normalizers.Entmax, alpha=2.0)),
     "off_by_one": _attention(op=normalizers.off_by_one_attention),
+    "sink": _attention(nn.SinkAttention),
     "cosine": _attention(nn.CosineAttention),
     "talking_heads": _attention(nn.TalkingHeadsAttention),
     "differential": _attention(

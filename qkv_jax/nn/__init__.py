@@ -26,6 +26,7 @@ from qkv_jax.nn.lowrank import LinformerAttention, SequenceProjections
 from qkv_jax.nn.memory import MemoryAttention
 from qkv_jax.nn.native_sparse import NativeSparseAttention
 from qkv_jax.nn.recurrent import GRU, LSTM, Recurrent, initial_state, run
+from qkv_jax.nn.sinks import SinkAttention
 from qkv_jax.nn.value_residual import ValueResidualAttention
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Recurrent",
     "Retention",
     "SequenceProjections",
+    "SinkAttention",
     "SinusoidalPositions",
     "StateSpaceDuality",
     "TalkingHeadsAttention",

@@ -45,6 +45,7 @@ from qkv_jax.ops.normalizers import (
     sparsemax,
     sparsemax_attention,
 )
+from qkv_jax.ops.streaming import Streaming, streaming_attention
 from qkv_jax.ops.top_k import TopK, top_k_attention
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Performer",
     "Sigmoid",
     "Stats",
+    "Streaming",
     "TopK",
     "absorbed_latent_attention",
     "additive_attention",
@@ -101,6 +103,7 @@ __all__ = [
     "sparse",
     "sparsemax",
     "sparsemax_attention",
+    "streaming_attention",
     "talking_heads_attention",
     "top_k_attention",
 ]

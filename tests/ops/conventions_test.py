@@ -34,6 +34,7 @@ from qkv_jax.ops import (
     normalizers,
     scores,
     sparse,
+    streaming,
     top_k,
 )
 from tests.tolerances import assert_close
@@ -155,6 +156,9 @@ OPS = {
     "local": Op(sparse.Local(3), order="positions"),
     "chunkedlocal": Op(sparse.ChunkedLocal(3), order="positions"),
     "longformer": Op(sparse.Longformer(2), order="positions"),
+    "streaming": Op(
+        streaming.Streaming(3, 2, rotary_base=None), order="positions", refuses=("sinks",)
+    ),
     "bigbird": Op(sparse.BigBird(2, num_random_blocks=1, length=T), order="positions"),
     "strided": Op(sparse.Strided(3), order="positions"),
     "fixed": Op(sparse.Fixed(3), order="positions"),
