@@ -27,9 +27,9 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
     data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
-    data.tokenizer = "char"  # char | byte | bpe
-    data.vocab_size = 4096  # bpe: entries of the vocabulary to train; where data are made: ids
-    data.tokenizer_path = placeholder(str)  # bpe: load this tokenizer.json, train none
+    data.tokenizer = "char"  # char | byte | bpe | unigram (SentencePiece) | mecab (Japanese words)
+    data.vocab_size = 4096  # bpe, unigram, mecab: entries to train; where data are made: ids
+    data.tokenizer_path = placeholder(str)  # bpe, unigram: load this file instead of training
     data.validation_fraction = 0.1  # of the text, its last part; of all sums: never trained on
     data.context = 128  # tokens a training window has
     data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer

@@ -4,7 +4,7 @@ A study is a claim about attention, and the runs that would show it. Each run is
 `experiments/train.py` in `base`, with some fields changed, once for each seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,10 +14,10 @@ from configs import char_lm
 SIZES = ("small", "full")  # a CPU, in minutes | the published setting, for an accelerator
 
 
-def get_config(name: str, size: str) -> ConfigDict:
+def get_config(name: str, size: str, sizes: Sequence[str] = SIZES) -> ConfigDict:
     """The fields of every study, to be filled in."""
-    if size not in SIZES:
-        raise ValueError(f"a study's size: wanted one of {list(SIZES)}, got {size!r}")
+    if size not in sizes:
+        raise ValueError(f"a study's size: wanted one of {list(sizes)}, got {size!r}")
     study = ConfigDict()
     study.name = name  # of the study: results/<name>, runs/<name>
     study.size = size

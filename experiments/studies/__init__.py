@@ -14,10 +14,13 @@ from experiments.studies import (
     heads,
     induction,
     lm,
+    long_documents,
     positions,
     projections,
     recall,
     scale,
+    sinks,
+    tokens,
 )
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
@@ -28,20 +31,23 @@ STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
     "projections": projections.judge,
     "heads": heads.judge,
     "positions": positions.judge,
+    "sinks": sinks.judge,
+    "long_documents": long_documents.judge,
     "lm": lm.judge,
     "scale": scale.judge,
     "induction": induction.judge,
     "grokking": grokking.judge,
+    "tokens": tokens.judge,
 }
 
 
 def listing() -> str:
     """All studies, with how long each takes and what it is about."""
-    lines = ["study         small    full     claim (minutes: two CPU cores | one accelerator)"]
+    lines = ["study           small    full     claim (minutes: two CPU cores | one accelerator)"]
     for name in STUDIES:
         module = importlib.import_module(f"configs.{name}")
         small, full = (module.get_config(size) for size in ("small", "full"))
-        lines.append(f"{name:12}  {small.minutes:3} min  {full.minutes:3} min  {small.claim}")
+        lines.append(f"{name:14}  {small.minutes:3} min  {full.minutes:3} min  {small.claim}")
     return "\n".join(lines)
 
 

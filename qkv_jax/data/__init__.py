@@ -28,6 +28,7 @@ from qkv_jax.data.masking import (
     sequential_masked_windows,
     stacked_masked_windows,
 )
+from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
@@ -37,6 +38,7 @@ from qkv_jax.data.tokenizers import (
     Tokenizer,
     build_tokenizer,
 )
+from qkv_jax.data.unigram import UnigramTokenizer
 
 __all__ = [
     "CORPORA",
@@ -48,7 +50,9 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "MecabTokenizer",
     "Tokenizer",
+    "UnigramTokenizer",
     "bits_per_character",
     "build_tokenizer",
     "check_token_ids",

@@ -1,9 +1,11 @@
 """Tokenizers: text to token ids and back, `decode(encode(text)) == text`.
 
 Characters and bytes need NumPy alone; BPE imports the `tokenizers` library when it is asked for.
+`unigram` and `mecab` have the others.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -11,13 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qkv_jax.data.files import read_text, write_atomically
 
-TOKENIZERS = ("char", "byte", "bpe")
+TOKENIZERS = ("char", "byte", "bpe", "unigram", "mecab")
 
 MAX_JSON_BYTES = 64 * 2**20  # of a saved tokenizer: the largest in public use have about 35 MB
 _CHUNK = 2**18  # characters a BPE encodes at once: the library needs about 120 bytes for each
@@ -27,6 +29,16 @@ class Tokenizer(ABC):
     """What every tokenizer can do. Ids are int32 in `[0, vocab_size)`."""
 
     name: str
+    kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}  # by name, all that are imported
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        Tokenizer.kinds[cls.name] = cls
+
+    @classmethod
+    @abstractmethod
+    def build(cls, text: str, vocab_size: int, path: str | os.PathLike | None) -> "Tokenizer":
+        """The tokenizer for a text: see `build_tokenizer`."""
 
     @property
     @abstractmethod
@@ -67,12 +79,11 @@ class Tokenizer(ABC):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer JSON cannot be parsed: {error}") from error
         name = state.get("tokenizer") if isinstance(state, dict) else None
-        for kind in (CharTokenizer, ByteTokenizer, BpeTokenizer):
-            if kind.name == name:
-                return kind._from_state(state)
-        raise ValueError(
-            f"tokenizer JSON has 'tokenizer': {name!r}; wanted one of: {', '.join(TOKENIZERS)}"
-        )
+        if name not in TOKENIZERS:
+            raise ValueError(
+                f"tokenizer JSON has 'tokenizer': {name!r}; wanted one of: {', '.join(TOKENIZERS)}"
+            )
+        return Tokenizer.kinds[name]._from_state(state)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_json` to `path`, whole or not at all."""
@@ -104,6 +115,11 @@ class CharTokenizer(Tokenizer):
         self._ids = np.full(int(self._code_points[-1]) + 2, -1, np.int32)  # the last: all beyond
         self._ids[self._code_points] = np.arange(len(self.characters), dtype=np.int32)
 
+    @classmethod
+    def build(cls, text, vocab_size, path):
+        refuse_path(cls.name, path)
+        return cls(text)
+
     @property
     def vocab_size(self) -> int:
         return len(self.characters)
@@ -122,7 +138,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: np.ndarray) -> str:
-        code_points = self._code_points[_checked_ids(ids, self.vocab_size)]
+        code_points = self._code_points[checked_ids(ids, self.vocab_size)]
         return code_points.tobytes().decode("utf-32-le", "surrogatepass")
 
     def _state(self) -> dict[str, Any]:
@@ -142,11 +158,16 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
     vocab_size = 256
 
+    @classmethod
+    def build(cls, text, vocab_size, path):
+        refuse_path(cls.name, path)
+        return cls()
+
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return _checked_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
+        return checked_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def _state(self) -> dict[str, Any]:
         return {}
@@ -179,6 +200,10 @@ class BpeTokenizer(Tokenizer):
         if not ids:
             raise ValueError("the tokenizer.json has an empty vocabulary")
         self._vocab_size = max(ids) + 1
+
+    @classmethod
+    def build(cls, text, vocab_size, path):
+        return cls.from_file(path) if path else cls.train(text, vocab_size)
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BpeTokenizer":
@@ -232,7 +257,7 @@ class BpeTokenizer(Tokenizer):
         return np.concatenate([np.asarray(i, np.int32) for i in ids] or [np.empty(0, np.int32)])
 
     def decode(self, ids: np.ndarray) -> str:
-        ids = _checked_ids(ids, self.vocab_size).tolist()
+        ids = checked_ids(ids, self.vocab_size).tolist()
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _splits_at_line_ends(self) -> bool:
@@ -255,28 +280,34 @@ def build_tokenizer(
     """The tokenizer called `name`, one of `TOKENIZERS`, for a text.
 
     Args:
-        name: "char", "byte" or "bpe".
-        text: where "char" finds its characters and "bpe" its merges.
-        vocab_size: ids that "bpe" trains; the others know their own.
-        path: "bpe" loads this file instead of training (see `BpeTokenizer.from_file`).
+        name: of the tokenizer.
+        text: where "char" finds its characters, "bpe" its merges, "unigram" its pieces and "mecab"
+            its words.
+        vocab_size: ids that "bpe", "unigram" and "mecab" train; the others know their own.
+        path: "bpe" and "unigram" load this file instead of training (see their `from_file`).
 
     Raises:
         ValueError: an unknown name, a path that would be ignored, or what the tokenizer refuses.
+        ImportError: naming the package that the tokenizer needs.
     """
     if name not in TOKENIZERS:
         raise ValueError(f"tokenizer {name!r} is unknown; wanted one of: {', '.join(TOKENIZERS)}")
-    if name == "bpe":
-        return BpeTokenizer.from_file(path) if path else BpeTokenizer.train(text, vocab_size)
+    return Tokenizer.kinds[name].build(text, vocab_size, path)
+
+
+def refuse_path(name: str, path: str | os.PathLike | None) -> None:
+    """ValueError if there is a path, which a tokenizer that always learns from a text ignores."""
     if path:
-        raise ValueError(f"tokenizer {name!r} takes no path, got {str(path)!r}; only 'bpe' does")
-    return CharTokenizer(text) if name == "char" else ByteTokenizer()
+        raise ValueError(
+            f"tokenizer {name!r} takes no path, got {str(path)!r}; only 'bpe' and 'unigram' do"
+        )
 
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+def checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.size == 0:
         return np.empty(0, np.int32)
@@ -294,12 +325,16 @@ def _read_json(path: str | os.PathLike) -> str:
     return read_text(path)
 
 
-def _library() -> ModuleType:
+def needed(name: str, package: str) -> ModuleType:
+    """The package that a tokenizer needs, imported. ImportError says how to get it."""
     try:
-        import tokenizers
+        return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError("tokenizer 'bpe' needs a package: pip install tokenizers") from error
-    return tokenizers
+        raise ImportError(f"tokenizer {name!r} needs a package: pip install {package}") from error
+
+
+def _library() -> ModuleType:
+    return needed("bpe", "tokenizers")
 
 
 def _byte_level(library: ModuleType, model: Any) -> Any:

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qkv_jax.data import tokenizers
+from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
@@ -18,11 +19,13 @@ from qkv_jax.data.tokenizers import (
     Tokenizer,
     build_tokenizer,
 )
+from qkv_jax.data.unigram import UnigramTokenizer
 
 TEXT = (
     "The cat sat on the mat.\n\n  Your journey starts with one step;\tthe cat's too — été 😀\r\n"
     * 7
 )
+JAPANESE = "私は学校に行く。\n  私は 猫である。\n" * 5
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
@@ -32,11 +35,24 @@ def bpe() -> BpeTokenizer:
     return BpeTokenizer.train(TEXT, 307)
 
 
-@pytest.fixture(params=["char", "byte", "bpe"])
+@pytest.fixture(scope="module")
+def unigram() -> UnigramTokenizer:
+    pytest.importorskip("sentencepiece")
+    return UnigramTokenizer.train(TEXT, 512)
+
+
+@pytest.fixture(scope="module")
+def mecab() -> MecabTokenizer:
+    pytest.importorskip("fugashi")
+    pytest.importorskip("ipadic")
+    return MecabTokenizer.train(TEXT + JAPANESE, 270)
+
+
+@pytest.fixture(params=["char", "byte", "bpe", "unigram", "mecab"])
 def tokenizer(request) -> Tokenizer:
-    if request.param == "bpe":
-        return request.getfixturevalue("bpe")
-    return build_tokenizer(request.param, TEXT)
+    if request.param in ("char", "byte"):
+        return build_tokenizer(request.param, TEXT)
+    return request.getfixturevalue(request.param)
 
 
 # --- all -----------------------------------------------------------------------------------------
@@ -188,6 +204,91 @@ def test_a_folder_without_gpt2s_files_is_named(tmp_path):
         build_tokenizer("bpe", TEXT, path=tmp_path)
 
 
+# --- unigram -------------------------------------------------------------------------------------
+
+
+@given(text=st.text(st.characters(exclude_characters="\u2581", exclude_categories=("Cs",))))
+@example(text="  two  spaces\n\n\ttab\r\n ")
+@settings(max_examples=200, deadline=None)
+def test_any_text_has_pieces(unigram, text):
+    assert unigram.decode(unigram.encode(text)) == text
+
+
+def test_pieces_are_frequent_strings_and_training_is_deterministic(unigram):
+    assert len(unigram.encode(TEXT)) < 0.7 * len(TEXT)
+    assert UnigramTokenizer.train(TEXT, 512).to_json() == unigram.to_json()
+    assert unigram.vocab_size <= 512
+
+
+def test_a_sentencepiece_model_is_loaded_instead_of_training(unigram, tmp_path):
+    path = tmp_path / "a.model"
+    path.write_bytes(unigram._model)
+    loaded = build_tokenizer("unigram", "another text", path=path)
+    np.testing.assert_array_equal(loaded.encode(TEXT), unigram.encode(TEXT))
+
+
+def test_t5s_vocabulary_gives_its_ids():
+    pytest.importorskip("sentencepiece")
+    path = SHARED / "t5_32k_sentencepiece.model"
+    if not path.exists():
+        pytest.skip(f"T5's vocabulary is not in {SHARED}")
+    t5 = UnigramTokenizer.from_file(path)
+    assert t5.vocab_size == 32_000
+    ids = t5.encode("The house is wonderful.")  # transformers' documentation of T5
+    assert ids.tolist() == [37, 629, 19, 1627, 5]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model"])
+def test_a_bad_model_is_named(tmp_path, content):
+    pytest.importorskip("sentencepiece")
+    if content is not None:
+        (tmp_path / "bad.model").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.model.*wanted a SentencePiece"):
+        build_tokenizer("unigram", TEXT, path=tmp_path / "bad.model")
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "message"), [(TEXT, 511, "wanted >= 512"), ("", 512, "cannot be learnt from")]
+)
+def test_what_no_unigram_model_can_be_trained_on_is_named(text, size, message):
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer("unigram", text, vocab_size=size)
+
+
+# --- mecab ---------------------------------------------------------------------------------------
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+@example(text="私は\0学校に 行く。\u2028 \r\n そう\n")
+@settings(max_examples=200, deadline=None)
+def test_any_text_has_words_and_bytes(mecab, text):
+    assert mecab.decode(mecab.encode(text)) == text
+
+
+def test_japanese_is_cut_into_words():
+    pytest.importorskip("fugashi")
+    pytest.importorskip("ipadic")
+    words = MecabTokenizer.train(JAPANESE, 400)
+    assert {"私", "は", "学校", "に", "行く", "。", "猫"} <= set(words.words)
+    ids = words.encode("私は学校に行く。")
+    assert [words.decode(ids[i : i + 1]) for i in range(6)] == [
+        "私",
+        "は",
+        "学校",
+        "に",
+        "行く",
+        "。",
+    ]
+    assert len(words.encode("犬")) == 3  # its bytes
+
+
+def test_a_word_vocabulary_needs_room_for_the_bytes():
+    pytest.importorskip("fugashi")
+    with pytest.raises(ValueError, match="wanted > 256"):
+        build_tokenizer("mecab", JAPANESE, vocab_size=256)
+
+
 # --- from_json, build_tokenizer, imports ---------------------------------------------------------
 
 
@@ -197,6 +298,8 @@ def test_a_folder_without_gpt2s_files_is_named(tmp_path):
         ("", "cannot be parsed"),
         ("[" * 100_000, "cannot be parsed"),
         ("[]", "'tokenizer': None; wanted one of: char, byte, bpe"),
+        ('{"tokenizer": "unigram"}', "no string 'model'"),
+        ('{"tokenizer": "mecab", "words": [1]}', "no list of strings 'words'"),
         ('{"tokenizer": "word"}', "'tokenizer': 'word'"),
         ('{"tokenizer": "char"}', "no string 'characters'"),
         ('{"tokenizer": "char", "characters": ["a"]}', "no string 'characters'"),
@@ -225,15 +328,19 @@ def test_build_tokenizer_says_what_it_wants():
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install tokenizers"):
-        build_tokenizer("bpe", TEXT)
+    for name, package in (
+        ("bpe", "tokenizers"), ("unigram", "sentencepiece"), ("mecab", "ipadic"),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"pip install {package}"):
+            build_tokenizer(name, TEXT, vocab_size=512)
 
 
-def test_data_imports_neither_jax_nor_the_tokenizers_library():
+def test_data_imports_neither_jax_nor_the_tokenizers_libraries():
     code = (
         "import sys, qkv_jax.data as d; d.build_tokenizer('char', 'abc')\n"
-        "print([m for m in ('jax', 'flax', 'tokenizers', 'torch') if m in sys.modules])"
+        "names = ('jax', 'flax', 'tokenizers', 'sentencepiece', 'torch')\n"
+        "print([name for name in names if name in sys.modules])"
     )
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=True)

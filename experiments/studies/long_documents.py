@@ -1,0 +1,93 @@
+"""Judges `configs/long_documents.py`: loss by position in a long document."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import setup
+from experiments.studies.study import Findings, Line, Run
+from qkv_jax import data, nn, viz
+from qkv_jax.data.batches import Batch
+from qkv_jax.viz import Panel
+
+FIRST = 64  # tokens in the first of the groups of positions, which double from there
+WINDOWS = 24  # long windows that are read
+LOCAL = "window"  # the run that sees nothing else
+
+
+def judge(lines: Sequence[Line], look: Callable[[Run], np.ndarray] | None = None) -> Findings:
+    """Whether full attention is ahead late in a document, and what the others recover of it."""
+    look = look or losses_by_position
+    curves = {
+        line.name: np.mean([look(result.run) for result in line.results], axis=0) for line in lines
+    }
+    late = {name: float(curve[len(curve) // 2 :].mean()) for name, curve in curves.items()}
+    gap = late[LOCAL] - late["full"]
+    recovered = {
+        name: (late[LOCAL] - loss) / gap if gap else 0.0
+        for name, loss in late.items()
+        if name not in ("full", LOCAL)
+    }
+    failed = [name for name, share in recovered.items() if share <= 0]
+    margin = (
+        f"In the second half of the windows full attention is {gap:+.3f} nats per token ahead of "
+        "the window alone. Of that, "
+        + ", ".join(f"{name} recovers {share:.0%}" for name, share in recovered.items())
+        + "."
+    )
+    if failed and gap > 0:
+        margin += f" Not as claimed: {', '.join(failed)}."
+    return Findings(
+        holds=bool(gap > 0 and not failed),
+        ours="nats per token, first / second half of the windows: "
+        + ", ".join(
+            f"{name} {curve[: len(curve) // 2].mean():.3f} / {late[name]:.3f}"
+            for name, curve in curves.items()
+        ),
+        margin=margin,
+        figures={"position": _figure(curves)},
+        captions={
+            "position": "Claimed: with full attention the loss goes on falling, with a window "
+            "alone it stops where the window is full, and the others lie between. Each point is "
+            "the mean over the positions up to it from the one before."
+        },
+    )
+
+
+def losses_by_position(run: Run) -> np.ndarray:
+    """Nats per token by position, [T], the mean over long windows of the validation text."""
+    trained = setup.load_run(run.directory.path)
+    context = trained.settings.data.context
+
+    @jax.jit
+    def losses(params: nn.Params, batch: Batch) -> jax.Array:
+        model = nn.merge(trained.graphdef, params)
+        log_probabilities = jax.nn.log_softmax(model(batch["inputs"]))
+        at = batch["targets"][..., None]
+        return -jnp.take_along_axis(log_probabilities, at, axis=-1)[..., 0]
+
+    windows = data.sequential_windows(trained.task.text.validation, batch_size=1, context=context)
+    whole = [batch for batch in windows if batch["weights"].all()][:WINDOWS]
+    if not whole:
+        raise ValueError(
+            f"data.context: wanted at most the validation text's length, got {context}"
+        )
+    return np.mean([np.asarray(losses(trained.params, batch))[0] for batch in whole], axis=0)
+
+
+def _figure(curves: dict[str, np.ndarray]):
+    points = {}
+    for name, curve in curves.items():
+        ends = [0, FIRST]
+        while ends[-1] < len(curve):
+            ends.append(min(2 * ends[-1], len(curve)))
+        points[name] = [
+            (end, float(curve[begin:end].mean())) for begin, end in itertools.pairwise(ends)
+        ]
+    return viz.lines_figure(
+        [Panel("validation text", points, "position, tokens")],
+        y_label="nats per token", log_x=True, title="Loss by position in a long window",
+    )  # fmt: skip
