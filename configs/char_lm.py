@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
     data.num_pairs = 8  # recall: keys with a value in a window
     data.min_pairs = placeholder(int)  # recall: as few in some training windows; None: num_pairs
+    data.ramp_steps = 0  # recall: the most in a training window grows from min_pairs over as many
 
     config.model = model = ConfigDict()
     model.num_layers = 4

@@ -38,6 +38,7 @@ class DataConfig:
     mask_rate: float
     num_pairs: int
     min_pairs: int | None
+    ramp_steps: int
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "num_pairs"):

@@ -146,12 +146,12 @@ class Recall(GeneratedTask):
     """Multi-query associative recall: `qkv_jax.data.recall`."""
 
     rows = staticmethod(data.recall)
-    reads = ("vocab_size", "num_pairs", "min_pairs")
+    reads = ("vocab_size", "num_pairs", "min_pairs", "ramp_steps")
     rule = "Each row shows keys with their values; asked by a key again, answer with its value."
 
     def arguments(self, stream: int) -> dict[str, Any]:
         """Rows may have fewer pairs while training; what is measured has all."""
-        fewest = {} if stream == data.TRAINING else {"min_pairs": None}
+        fewest = {} if stream == data.TRAINING else {"min_pairs": None, "ramp_steps": 0}
         return super().arguments(stream) | fewest
 
     @property

@@ -17,6 +17,7 @@ def recall(
     num_pairs: int,
     vocab_size: int,
     min_pairs: int | None = None,
+    ramp_steps: int = 0,
     stream: int = draws.TRAINING,
 ) -> Batch:
     """Pairs of a key and a value, then each key again: the model answers with its value.
@@ -39,6 +40,8 @@ def recall(
         vocab_size: ids, `V`.
         min_pairs: rows have this many pairs to `num_pairs`, each number as often, and id 0 where
             the others would stand; by default all have `num_pairs`.
+        ramp_steps: over so many steps the largest number of pairs grows to `num_pairs`, evenly,
+            from `min_pairs`; 0: it is `num_pairs` from the first on.
         stream: `TRAINING`, `EVALUATION`, or any other number in [0, 2**64).
 
     Returns:
@@ -56,6 +59,8 @@ def recall(
         )
     if min_pairs is not None and not 1 <= min_pairs <= num_pairs:
         raise ValueError(f"min_pairs is {min_pairs}; wanted 1 to num_pairs = {num_pairs}")
+    if ramp_steps < 0:
+        raise ValueError(f"ramp_steps is {ramp_steps}; wanted at least 0")
     half = vocab_size // 2
     if half - 1 < num_pairs:
         raise ValueError(
@@ -73,7 +78,9 @@ def recall(
     values = half + draws.without_replacement(value_draws, num_pairs, np.ones(choices[1]))
     queries = 2 * num_pairs + 2 * draws.without_replacement(slot_draws, num_pairs, late)
     fewest = num_pairs if min_pairs is None else min_pairs
-    present = np.arange(num_pairs) < fewest + np.floor(pair_draws * (num_pairs - fewest + 1))
+    grown = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+    more = int(grown * (num_pairs - fewest))
+    present = np.arange(num_pairs) < fewest + np.floor(pair_draws * (more + 1))
     keys, values = keys * present, values * present
 
     inputs = np.zeros((batch_size, context), np.int32)

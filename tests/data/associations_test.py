@@ -69,3 +69,33 @@ def test_sizes_that_do_not_fit_are_refused(sizes, words):
 def test_the_smallest_vocabulary_holds_every_pair():
     batch = data.recall(seed=0, step=0, batch_size=2, context=20, num_pairs=5, vocab_size=12)
     assert set(batch["inputs"][0, 0:10:2]) == {1, 2, 3, 4, 5}
+
+
+def test_rows_may_have_fewer_pairs_each_number_as_often():
+    sizes = SIZES | {"batch_size": 6000, "min_pairs": 2}
+    batch = data.recall(seed=0, step=0, **sizes)
+    asked = batch["weights"].sum(-1).astype(int)
+    np.testing.assert_allclose(np.bincount(asked)[2:] / 6000, 1 / 4, atol=0.03)
+    assert asked.min() == 2 and asked.max() == 5
+    for inputs, weights, number in zip(batch["inputs"], batch["weights"], asked, strict=True):
+        assert (inputs[: 2 * number] > 0).all() and (inputs[2 * number : 10] == 0).all()
+        assert set(inputs[weights > 0]) == set(inputs[0 : 2 * number : 2])
+
+
+def test_the_largest_number_of_pairs_grows_with_the_step():
+    sizes = SIZES | {"min_pairs": 1, "ramp_steps": 8}
+    most = [data.recall(seed=0, step=s, **sizes)["weights"].sum(-1).max() for s in range(10)]
+    assert most == [1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"min_pairs": 0}, "min_pairs is 0; wanted 1 to num_pairs = 5"),
+        ({"min_pairs": 6}, "min_pairs is 6"),
+        ({"ramp_steps": -1}, "ramp_steps is -1"),
+    ],
+)
+def test_numbers_of_pairs_that_do_not_fit_are_refused(more, words):
+    with pytest.raises(ValueError, match=words):
+        data.recall(seed=0, step=0, **SIZES, **more)
