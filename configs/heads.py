@@ -35,7 +35,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config.differences = (
             "a causal character model instead of translation", "2 layers of width 128",
         )  # fmt: skip
-        base.train.update(num_steps=400, eval_every=200)
+        base.train.update(num_steps=300, eval_every=150)
         heads, dims, layers, width = (1, 2, 4, 8, 16, 32), (4, 8, 16, 32, 64), (1, 2, 4, 8), WIDTH
     else:
         config.minutes = 120

@@ -2,9 +2,12 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from experiments.studies.study import Findings, Line
+import numpy as np
+
+from experiments.studies.head_roles import ROLES, head_roles
+from experiments.studies.study import Findings, Line, Run
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -13,9 +16,12 @@ PUBLISHED_HEADS = {1: 5.29, 4: 5.00, 8: 4.92, 16: 4.91, 32: 5.01}
 PUBLISHED_DIMS = {16: 5.16, 32: 5.01, 64: 4.92}
 
 
-def judge(lines: Sequence[Line]) -> Findings:
+def judge(
+    lines: Sequence[Line], look: Callable[[Run], dict[str, np.ndarray]] | None = None
+) -> Findings:
     """Whether loss is U-shaped in the number of heads, and falls with d_k and depth."""
     rows = _rows(lines)
+    roles = (look or head_roles)(rows[-1][max(rows[-1])].results[0].run)  # of the deepest
     heads, dims, depth = ({x: line.mean("loss") for x, line in row.items()} for row in rows)
     best = min(heads, key=heads.get)
     inside = min(heads) < best < max(heads)
@@ -36,13 +42,39 @@ def judge(lines: Sequence[Line]) -> Findings:
             f"{max(dims)} gains {wider:.3f}, {max(depth)} layers instead of {min(depth)} gain "
             f"{deeper:.3f}. Half of the range over seeds is {noise:.3f} on average."
         ),
-        figures={"ours": _ours(rows), "published": _published()},
+        figures={"ours": _ours(rows), "published": _published(), "roles": _drawn(roles)},
         captions={
             "ours": "Claimed: a valley in the number of heads, a fall with d_k and with depth. "
             "Bars are the range over seeds.",
             "published": "The paper's perplexities, as their logarithm, in nats per token.",
+            "roles": "What each head of the deepest model looks at, a row a layer, a column a "
+            "head: at one distance, at delimiters, at what followed the same characters before. 0 "
+            "is a head that looks everywhere alike, 1 one that looks nowhere else.",
         },
+        notes=[_told(roles)],
     )
+
+
+def _told(roles: dict[str, np.ndarray]) -> str:
+    """How many heads look most at what, and where the clearest of each is."""
+    shares = np.stack([roles[role] for role in ROLES])  # [roles, L, N]
+    most = shares.argmax(0)
+    parts = []
+    for i, role in enumerate(ROLES):
+        layer, head = np.unravel_index(shares[i].argmax(), shares[i].shape)
+        parts.append(
+            f"{(most == i).sum()} {role} (the clearest in layer {layer + 1}, head {head + 1}, "
+            f"{shares[i].max():.2f})"
+        )
+    return (
+        f"Of {most.size} heads of the deepest model, by what they look at most: {', '.join(parts)}."
+        " A model of characters has no words, so structure stands for syntax, and what followed "
+        "the same characters for meaning."
+    )
+
+
+def _drawn(roles: dict[str, np.ndarray]):
+    return viz.matrices_figure({role: roles[role] for role in ROLES}, title="What heads look at")
 
 
 def _rows(lines: Sequence[Line]) -> tuple[dict[int, Line], ...]:
