@@ -14,7 +14,7 @@ from qkv_jax import data, nn
 from qkv_jax.models import attention_maps, prefix_matching
 from qkv_jax.training.writers import read_metrics
 from tests.experiments.runs import assert_one_sentence
-from tests.experiments.studies_test import result_of, study_of
+from tests.experiments.studies import result_of, study_of
 from tests.tolerances import assert_close
 
 SMALL = {

@@ -6,7 +6,7 @@ import pytest
 from experiments import setup
 from experiments.studies import training
 from experiments.studies.head_roles import ROLES, _follows, head_roles, roles_of
-from tests.experiments.studies_test import study_of
+from tests.experiments.studies import study_of
 
 T = 40
 SPACE = 7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import long_documents, training
-from tests.experiments.studies_test import judged, result_of, study_of
+from tests.experiments.studies import judged, result_of, study_of
 
 
 def curves(full, memory, segment=1.95, state=1.9):

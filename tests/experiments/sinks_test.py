@@ -9,7 +9,7 @@ import pytest
 from experiments import setup
 from experiments.studies import sinks, training
 from experiments.studies.sinks import Stream
-from tests.experiments.studies_test import judged, result_of, study_of
+from tests.experiments.studies import judged, result_of, study_of
 
 
 def streams(without, with_, sink):

@@ -1,6 +1,5 @@
 """Studies: every config is one, its runs train, what they find is judged and reported as said."""
 
-import importlib
 import json
 import shutil
 
@@ -11,7 +10,6 @@ from configs import char_lm
 from configs import study as base
 from experiments.studies import (
     STUDIES,
-    Result,
     Study,
     by_run,
     distance,
@@ -24,6 +22,7 @@ from experiments.studies import training as study_training
 from experiments.tasks import TASKS
 from qkv_jax.training.run_directory import read_config
 from tests.experiments.runs import ROOT, assert_one_sentence
+from tests.experiments.studies import config_of, judged, result_of, study_of
 
 NAMES = list(STUDIES)
 
@@ -34,23 +33,6 @@ def roles(monkeypatch):
     shares = {"positional": 0.9, "structural": 0.1, "content": 0.2}
     found = {role: np.full((2, 3), share) for role, share in shares.items()}
     monkeypatch.setattr(heads, "head_roles", lambda run: found)
-
-
-def config_of(name, size="small"):
-    return importlib.import_module(f"configs.{name}").get_config(size)
-
-
-def study_of(name, folder, size="small", **fields):
-    config = config_of(name, size)
-    config.update_from_flattened_dict(fields)
-    return Study.from_config(config, folder)
-
-
-def result_of(run, accuracy=0.5, loss=1.0, state_size=100):
-    return Result(
-        run, {"loss": loss, "accuracy": accuracy}, parameters=7, steps=3, seconds=2.0,
-        milliseconds_per_step=1.5, peak_memory_bytes=10**8, state_size=state_size,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", base.SIZES)
@@ -93,12 +75,6 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     ((name, reason),) = failed.items()
     assert name == "Q, K, V, seed 0"
     assert "corpus 'text_file'" in reason and reason.endswith(".log")
-
-
-def judged(name, folder, of_run):
-    study = study_of(name, folder)
-    lines = by_run(of_run(run) for run in study.runs)
-    return study, lines, STUDIES[name](lines)
 
 
 def recalled(attention, others):

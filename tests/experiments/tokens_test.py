@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.studies import tokens, training
-from tests.experiments.studies_test import config_of, judged, result_of, study_of
+from tests.experiments.studies import config_of, judged, result_of, study_of
 
 LENGTHS = {
     "characters": 1.0, "bytes": 1.01, "BPE 1,024": 0.5, "unigram 1,024": 0.49, "BPE 4,096": 0.4,
