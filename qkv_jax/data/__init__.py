@@ -19,10 +19,19 @@ from qkv_jax.data.batches import (
     split,
     stacked_windows,
 )
-from qkv_jax.data.corpora import CORPORA, Corpus, load_corpus, python_docs, text_file
+from qkv_jax.data.corpora import (
+    CORPORA,
+    Corpus,
+    documents,
+    load_corpus,
+    python_docs,
+    text_file,
+)
+from qkv_jax.data.digits import digits
 from qkv_jax.data.distance import copying, cue
 from qkv_jax.data.draws import EVALUATION, TEST, TRAINING
 from qkv_jax.data.floors import bits_per_character, ngram_floors
+from qkv_jax.data.listops import listops
 from qkv_jax.data.masking import (
     masked_windows,
     sequential_masked_windows,
@@ -30,6 +39,7 @@ from qkv_jax.data.masking import (
 )
 from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.repetition import repeats
+from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
@@ -58,6 +68,9 @@ __all__ = [
     "check_token_ids",
     "copying",
     "cue",
+    "digits",
+    "documents",
+    "listops",
     "load_corpus",
     "masked_windows",
     "modular_addition",
@@ -67,6 +80,7 @@ __all__ = [
     "random_windows",
     "recall",
     "repeats",
+    "same_document",
     "sequential_masked_windows",
     "sequential_windows",
     "split",
@@ -74,4 +88,5 @@ __all__ = [
     "stacked_masked_windows",
     "stacked_windows",
     "text_file",
+    "which_document",
 ]

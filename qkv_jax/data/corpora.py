@@ -9,6 +9,7 @@ import contextlib
 import gc
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ from qkv_jax.data.files import read_text, write_atomically
 
 CORPORA = ("python_docs", "text_file")
 
-PYTHON_DOCS_FORMAT = 1  # raise it when the text of `python_docs` changes: the cache's key has it
+PYTHON_DOCS_FORMAT = 2  # raise it when what is cached changes: the cache's key has it
 PIECE_LENGTH = 4096  # characters; documents longer than this are cut between paragraphs
 MIN_LETTERS = 0.65  # of a paragraph's visible characters: less is a table, a doctest, a picture
 
@@ -65,19 +66,8 @@ def load_corpus(name: str, path: str | os.PathLike | None = None) -> Corpus:
     Raises:
         ValueError: an unknown name, a missing path, a path that would be ignored, or bad files.
     """
-    if name not in CORPORA:
-        raise ValueError(f"corpus {name!r} is unknown; wanted one of: {', '.join(CORPORA)}")
-    if name == "text_file":
-        if path is None or not str(path):
-            raise ValueError(
-                "corpus 'text_file' needs a path: one file, a glob, or a directory of text files"
-            )
-        return text_file(path)
-    if path is not None:
-        raise ValueError(
-            f"corpus {name!r} takes no path, got {str(path)!r}; wanted corpus 'text_file'?"
-        )
-    return python_docs()
+    _check(name, path)
+    return text_file(path) if name == "text_file" else python_docs()
 
 
 def text_file(path: str | os.PathLike) -> Corpus:
@@ -94,18 +84,9 @@ def text_file(path: str | os.PathLike) -> Corpus:
     Raises:
         ValueError: nothing at `path`, or a file that is empty, binary, not UTF-8 or unreadable.
     """
-    try:
-        files = _matching_files(path)
-    except (OSError, RuntimeError) as error:  # no permission, or no such user's home
-        raise ValueError(f"text_file: {str(path)!r} cannot be read: {error}") from error
-    texts = []
-    for file in files:
-        text = read_text(file, what="text_file:")
-        if not text.strip():
-            raise ValueError(f"text_file: {str(file)!r} is empty; wanted a file with text in it")
-        texts.append(text)
+    texts = [text for _, text in _read_files(path)]
     text = "\n".join(texts)
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    count = "1 file" if len(texts) == 1 else f"{len(texts)} files"
     return Corpus("text_file", text, _sha256(text), f"{os.fspath(path)} ({count})")
 
 
@@ -133,23 +114,64 @@ def python_docs() -> Corpus:
     Raises:
         ValueError: this Python has no sources of its standard library.
     """
-    folder = Path(sysconfig.get_path("stdlib"))
-    cache = _cache_path(folder)
-    text = _read_cache(cache)
-    if text is None:
-        text = _python_docs_text(folder)
-        if len(text) < 100_000:
-            raise ValueError(
-                f"corpus 'python_docs' found no sources of the standard library in {str(folder)!r}"
-                "; use corpus 'text_file' with a path to a text of your own"
-            )
-        _write_cache(cache, text)
+    text = _joined(_cached_pieces())
     version = f"Python {platform.python_version()}"
     source = f"{version}: language reference and standard-library docstrings"
     return Corpus("python_docs", text, _sha256(text), source)
 
 
+def documents(name: str, path: str | os.PathLike | None = None) -> dict[str, str]:
+    """The texts that a corpus is made of, by name.
+
+    Those of "python_docs" are the topics of the language reference, such as "topic assert", and the
+    docstrings of each source file, such as "json/decoder.py", after all that `python_docs` does to
+    them but cutting; those of "text_file" are its files.
+
+    Args:
+        name: one of `CORPORA`.
+        path: what "text_file" reads.
+
+    Raises:
+        ValueError: as for `load_corpus`.
+    """
+    _check(name, path)
+    if name == "text_file":
+        return dict(_read_files(path))
+    texts: dict[str, list[str]] = {}
+    for piece, text in _cached_pieces().items():
+        texts.setdefault(piece.rpartition(":")[0], []).append(text)
+    return {name: "\n\n".join(of_one) for name, of_one in texts.items()}
+
+
+def _check(name: str, path: str | os.PathLike | None) -> None:
+    if name not in CORPORA:
+        raise ValueError(f"corpus {name!r} is unknown; wanted one of: {', '.join(CORPORA)}")
+    if name == "text_file":
+        if path is None or not str(path):
+            raise ValueError(
+                "corpus 'text_file' needs a path: one file, a glob, or a directory of text files"
+            )
+        return
+    if path is not None:
+        raise ValueError(
+            f"corpus {name!r} takes no path, got {str(path)!r}; wanted corpus 'text_file'?"
+        )
+
+
 # --- text_file -----------------------------------------------------------------------------------
+
+
+def _read_files(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """(path, text) of each file."""
+    try:
+        files = _matching_files(path)
+    except (OSError, RuntimeError) as error:  # no permission, or no such user's home
+        raise ValueError(f"text_file: {str(path)!r} cannot be read: {error}") from error
+    for file in files:
+        text = read_text(file, what="text_file:")
+        if not text.strip():
+            raise ValueError(f"text_file: {str(file)!r} is empty; wanted a file with text in it")
+        yield str(file), text
 
 
 def _matching_files(path: str | os.PathLike) -> list[Path]:
@@ -174,8 +196,30 @@ def _matching_files(path: str | os.PathLike) -> list[Path]:
 # --- python_docs ---------------------------------------------------------------------------------
 
 
-def _python_docs_text(folder: Path) -> str:
-    """The text of `python_docs`, from the standard library's sources in `folder`."""
+def _cached_pieces() -> dict[str, str]:
+    """The pieces of this Python's documentation, from the cache or else from its sources."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    cache = _cache_path(folder)
+    kept = _read_cache(cache)
+    if kept is not None:
+        return json.loads(kept)
+    pieces = _python_docs_pieces(folder)
+    if len(_joined(pieces)) < 100_000:
+        raise ValueError(
+            f"corpus 'python_docs' found no sources of the standard library in {str(folder)!r}"
+            "; use corpus 'text_file' with a path to a text of your own"
+        )
+    _write_cache(cache, json.dumps(pieces))
+    return pieces
+
+
+def _joined(pieces: dict[str, str]) -> str:
+    """The text of `python_docs`: the pieces in the order of a hash of their names."""
+    return "\n\n".join(pieces[name] for name in sorted(pieces, key=_sha256)) + "\n"
+
+
+def _python_docs_pieces(folder: Path) -> dict[str, str]:
+    """The text of the standard library's sources in `folder`: "name:number" -> piece."""
     seen = {""}  # a paragraph without words is no news
     pieces = {}
     with _without_garbage_collection(), warnings.catch_warnings():
@@ -184,7 +228,7 @@ def _python_docs_text(folder: Path) -> str:
             kept = [p for p in map(_cleaned, paragraphs) if _is_prose(p) and _is_new(p, seen)]
             for index, piece in enumerate(_pieces(kept)):
                 pieces[f"{name}:{index}"] = piece
-    return "\n\n".join(pieces[name] for name in sorted(pieces, key=_sha256)) + "\n"
+    return pieces
 
 
 def _documents(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -296,7 +340,7 @@ def _cache_path(folder: Path) -> Path | None:
     except RuntimeError:  # a user without a home
         return None
     key = _sha256(f"{sys.version}\n{folder}\n{PYTHON_DOCS_FORMAT}")[:16]
-    return root / "qkv_jax" / f"python_docs-{key}.txt"
+    return root / "qkv_jax" / f"python_docs-{key}.json"
 
 
 def _read_cache(path: Path | None) -> str | None:

@@ -41,6 +41,10 @@ def write_library(folder, files: dict[str, str]):
     return folder
 
 
+def docs_text(folder) -> str:
+    return corpora._joined(corpora._python_docs_pieces(folder))
+
+
 # --- python_docs ---------------------------------------------------------------------------------
 
 
@@ -99,7 +103,7 @@ def test_the_default_corpus_has_no_tests_no_doctests_and_no_underlines(tmp_path)
             "site-packages/d.py": '"""An installed package of somebody else."""',
         },
     )
-    text = corpora._python_docs_text(tmp_path)
+    text = docs_text(tmp_path)
     assert sorted(text.strip().split("\n\n")) == [keep, "Title words"]
 
 
@@ -126,7 +130,7 @@ finally:
                 """Of the case."""
 x = """No docstring at all."""
 '''
-    text = corpora._python_docs_text(write_library(tmp_path, {"a.py": source}))
+    text = docs_text(write_library(tmp_path, {"a.py": source}))
     names = ["class", "method", "inner one", "other class", "handler", "case"]
     assert text.strip().split("\n\n") == [f"Of the {name}." for name in names]
 
@@ -135,7 +139,7 @@ def test_the_references_topics_are_read_without_importing_them(tmp_path):
     source = (
         "raise SystemExit('imported')\ntopics = {'b': 'Of b,\\n' '\\tindented.', 'a': 'Of a.'}\n"
     )
-    text = corpora._python_docs_text(write_library(tmp_path, {"pydoc_data/topics.py": source}))
+    text = docs_text(write_library(tmp_path, {"pydoc_data/topics.py": source}))
     assert sorted(text.strip().split("\n\n")) == ["Of a.", "Of b,\n        indented."]
 
 
@@ -145,13 +149,13 @@ def test_a_paragraph_whose_words_were_there_before_is_dropped(tmp_path):
         "b.py": '"""codec cp850 made from \'B.TXT\' by\na program!"""',
         "c.py": '"""Codec made of nothing by a program."""',
     }
-    text = corpora._python_docs_text(write_library(tmp_path, files))
+    text = docs_text(write_library(tmp_path, files))
     assert "cp437" in text and "cp850" not in text and "of nothing" in text
 
 
 def test_no_foreign_character_survives(tmp_path):
     source = '"""“Quoted” — it’s a café’s naïve Straße… with a π and a 😀\tand a tab."""'
-    text = corpora._python_docs_text(write_library(tmp_path, {"a.py": source}))
+    text = docs_text(write_library(tmp_path, {"a.py": source}))
     assert "\"Quoted\" -- it's a cafe's naive Strasse... with a ? and a ?" in text
     assert "\t" not in text
 
@@ -164,14 +168,14 @@ def test_sources_that_do_not_parse_are_skipped_and_nothing_is_run(tmp_path):
     }
     write_library(tmp_path, files)
     (tmp_path / "d.py").write_bytes(b'"""Not UTF-8: \xff."""')
-    assert corpora._python_docs_text(tmp_path) == "Kept, though it has a bad escape: \\d.\n"
+    assert docs_text(tmp_path) == "Kept, though it has a bad escape: \\d.\n"
 
 
 def test_long_documents_are_cut_between_paragraphs_and_mixed(tmp_path):
     letters = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(211)]
     docs = "\n\n".join(PARAGRAPH.format(name) for name in letters)
     write_library(tmp_path, {"a.py": f'"""{docs}"""', "b.py": '"""Another module altogether."""'})
-    paragraphs = corpora._python_docs_text(tmp_path).strip().split("\n\n")
+    paragraphs = docs_text(tmp_path).strip().split("\n\n")
     assert sorted(paragraphs) == sorted([*docs.split("\n\n"), "Another module altogether."])
     assert paragraphs[:-1] != docs.split("\n\n")  # pieces in the order of a hash
 
@@ -181,6 +185,28 @@ def test_a_python_without_sources_is_told_to_use_a_text_file(small_docs):
     (stdlib / "module.py").unlink()
     with pytest.raises(ValueError, match="text_file"):
         python_docs()
+
+
+# --- documents ----------------------------------------------------------------------------------
+
+
+def test_the_default_corpus_is_made_of_its_documents(monkeypatch):
+    pieces = {"topic if:0": "One.", "a/b.py:0": "Two.\n\nThree.", "a/b.py:1": "Four."}
+    monkeypatch.setattr(corpora, "_cached_pieces", lambda: pieces)
+    assert corpora.documents("python_docs") == {
+        "topic if": "One.", "a/b.py": "Two.\n\nThree.\n\nFour.",
+    }  # fmt: skip
+    assert sorted(python_docs().text.split()) == ["Four.", "One.", "Three.", "Two."]
+
+
+def test_the_documents_of_files_are_the_files(tmp_path):
+    write_library(tmp_path, {"b.txt": "Of b.", "a.txt": "Of a."})
+    assert corpora.documents("text_file", tmp_path) == {
+        str(tmp_path / "a.txt"): "Of a.", str(tmp_path / "b.txt"): "Of b.",
+    }  # fmt: skip
+    for name, path, words in (("python_docs", "x", "takes no path"), ("y", None, "unknown")):
+        with pytest.raises(ValueError, match=words):
+            corpora.documents(name, path)
 
 
 # --- the cache -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 # Of others' packages, where that is part of the design.
 MAY_IMPORT_OF_OTHERS = {
     "ops": {"jax", "numpy", "chex"},
-    "data": {"numpy", "tokenizers"},
+    "data": {"numpy", "tokenizers", "sklearn"},
     "configs": {"ml_collections"},
 }
 PROJECT = {"qkv_jax", "configs", "experiments", "tests"}
