@@ -6,15 +6,18 @@ writes it. Importing this package does not import matplotlib: drawing does.
 
 from qkv_jax.viz.block_map import block_map
 from qkv_jax.viz.curves import loss_curve
+from qkv_jax.viz.dots import Dots, dots_figure
 from qkv_jax.viz.heatmap import attention_heatmap, heads_figure
 from qkv_jax.viz.matrices import matrices_figure
 from qkv_jax.viz.panels import Panel, lines_figure
 from qkv_jax.viz.style import save_figure, visible
 
 __all__ = [
+    "Dots",
     "Panel",
     "attention_heatmap",
     "block_map",
+    "dots_figure",
     "heads_figure",
     "lines_figure",
     "loss_curve",
