@@ -49,11 +49,10 @@ def get_config() -> ConfigDict:
     model.window = 64  # tokens that local attention looks back; contextual positions (cope)
     model.block_size = 16  # tokens in a block (bigbird, moba, nsa), a stride (strided, fixed)
     model.num_blocks = 4  # blocks that a query selects (moba, nsa)
-    model.num_global = (
-        1  # first tokens (longformer, streaming) or blocks (bigbird) that see all and all see
-    )
+    model.num_global = 1  # first tokens (longformer, streaming), blocks (bigbird) that all see
     model.num_random = 1  # blocks that a block of queries draws (bigbird)
     model.attention_scale = placeholder(float)  # of the logits (attention); None: 1 / sqrt(H)
+    model.window_blocks = 3  # an odd number of near blocks that it sees, its own included (bigbird)
     model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)
     model.num_features = 128  # random features of a head (performer)
     model.rank = 32  # rows (linformer), landmarks (nystrom), width of the latent (latent)

@@ -32,6 +32,7 @@ class TransformerConfig:
     num_blocks: int = 4
     num_global: int = 1
     num_random: int = 1
+    window_blocks: int = 3
     top_k: int = 32
     num_features: int = 128
     rank: int = 32
@@ -63,9 +64,14 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_sizes(
             self, "vocab_size", "context", "num_layers", "width", "num_heads", "num_kv_heads",
-            "head_dim", "window", "block_size", "num_blocks", "num_global",
-            "num_random", "top_k", "num_features", "rank", "conv_width", "chunk_size",
+            "head_dim", "window", "block_size", "num_blocks", "window_blocks", "top_k",
+            "num_features", "rank", "conv_width", "chunk_size",
         )  # fmt: skip
+        for name in ("num_global", "num_random"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}: wanted an integer >= 0, got {getattr(self, name)}")
+        if self.window_blocks % 2 == 0:
+            raise ValueError(f"model.window_blocks: wanted an odd number, got {self.window_blocks}")
         if self.hidden < 0:
             raise ValueError(f"model.mlp_width: wanted an integer >= 0, got {self.mlp_width}")
         one_of("activation", self.activation, nn.ACTIVATIONS)

@@ -23,7 +23,7 @@ HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # may mix layers that want them with layers that know order by themselves.
 SETTINGS = (
     *HEADS, "attention_scale", "window", "block_size", "num_blocks", "num_global", "num_random",
-    "top_k", "num_features", "rank", "conv_width", "chunk_size",
+    "window_blocks", "top_k", "num_features", "rank", "conv_width", "chunk_size",
 )  # fmt: skip
 
 
@@ -164,6 +164,7 @@ MIXERS: dict[str, Mixer] = {
         op=Op(
             sparse.BigBird,
             block_size="block_size",
+            window_blocks="window_blocks",
             num_global_blocks="num_global",
             num_random_blocks="num_random",
         )

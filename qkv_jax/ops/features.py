@@ -76,6 +76,30 @@ def random_features(x: Array, projection: Array, *, is_query: bool) -> jax.Array
     return jnp.exp(exponents - jax.lax.stop_gradient(peak)) / projection.shape[0] ** 0.5
 
 
+def trigonometric_features(x: Array, projection: Array) -> jax.Array:
+    """Random features of the exponential kernel that may be negative, for comparison.
+
+        f(x) = exp(|x|^2 / 2) [cos(w x), sin(w x)] / sqrt(m),      E[f(q) . f(k)] = exp(q . k)
+
+    for projections w with rows N(0, 1) (Rahimi and Recht 2007; Choromanski et al. 2020, section
+    3.1). They err most where the kernel is small: the variance is that of cos(w (q - k)), times
+    exp(|q|^2 + |k|^2), however small exp(q . k) is. So the sum of a query's weights may be 0 or
+    below, and no attention is made of them here.
+
+    Args:
+      x: [..., H], times scale ** 0.5.
+      projection: w, [m, H].
+
+    Returns:
+      [..., 2 m].
+    """
+    projection = jnp.asarray(projection, x.dtype)
+    angles = x @ projection.T
+    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    size = jnp.exp(jnp.sum(x * x, axis=-1, keepdims=True) / 2)
+    return size * waves / projection.shape[0] ** 0.5
+
+
 def independent_projection(rng: Array, num_features: int, width: int) -> jax.Array:
     """`num_features` independent rows N(0, 1), [m, H]."""
     return jax.random.normal(rng, (num_features, width))

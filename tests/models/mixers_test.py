@@ -19,8 +19,8 @@ from tests.tolerances import assert_close
 B, T, V = 2, 23, 11
 # Sizes at which every mechanism has several blocks, chunks and selections.
 SIZES = {
-    "window": 5, "block_size": 4, "num_blocks": 2, "num_global": 1, "num_random": 1, "top_k": 3,
-    "num_features": 16, "rank": 8, "conv_width": 3, "chunk_size": 4,
+    "window": 5, "block_size": 4, "num_blocks": 2, "num_global": 1, "num_random": 1,
+    "window_blocks": 3, "top_k": 3, "num_features": 16, "rank": 8, "conv_width": 3, "chunk_size": 4,
 }  # fmt: skip
 CAUSAL = [name for name, mixer in MIXERS.items() if mixer.causal]
 BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if mixer.bidirectional]
@@ -183,6 +183,14 @@ def test_a_pattern_repeats_over_the_layers():
         ({"mixer": ""}, r"model\.mixer: wanted one of .* got ''"),
         ({"mixer": "linformer"}, r"model\.mixer: 'linformer' sees later tokens too, so no decoder"),
         ({"mixer": "nystrom"}, r"model\.mixer: 'nystrom' sees later tokens too"),
+        (
+            {"mixer": "bigbird", "num_random": -1},
+            r"model\.num_random: wanted an integer >= 0, got -1",
+        ),
+        (
+            {"mixer": "bigbird", "window_blocks": 2},
+            r"model\.window_blocks: wanted an odd number, got 2",
+        ),
         ({"window": 7}, r"model\.window: 7 was set, but no layer .* 'attention' .*sliding_window"),
         (
             {"mixer": "sliding_window", "attention_scale": 1.0},

@@ -60,6 +60,29 @@ def test_taylor_features_are_the_series_of_the_exponential():
     assert_close(features.taylor(x) @ features.taylor(y), 1 + x @ y + (x @ y) ** 2 / 2, "float32")
 
 
+def test_the_mean_over_trigonometric_features_is_the_exponential_kernel():
+    q, k = 0.3 * np.random.RandomState(3).randn(2, 7, H).astype(np.float32)
+    projection = features.independent_projection(jax.random.key(0), 100_000, H)
+    f, g = (features.trigonometric_features(x, projection) for x in (q, k))
+    assert f.shape == (7, 200_000)
+    np.testing.assert_allclose(f @ g.T, np.exp(q @ k.T), rtol=0.05)
+
+
+def test_trigonometric_features_err_more_than_positive_ones_where_the_kernel_is_small():
+    q = jnp.linspace(0.8, 1.5, 5)[:, None] * jnp.ones(H) / H**0.5  # [5, H], of these lengths
+    k = -q  # so that the kernel is exp(-|q|^2)
+    projections = jax.random.normal(jax.random.key(0), (400, 16, H))
+
+    def error(f):
+        estimates = jax.vmap(lambda w: (f(q, w) * f(k, w)).sum(-1))(projections)
+        return np.mean((estimates - jnp.exp((q * k).sum(-1))) ** 2, axis=0)
+
+    def positive(x, w):
+        return jnp.exp(x @ w.T - (x * x).sum(-1, keepdims=True) / 2) / len(w) ** 0.5
+
+    assert (error(features.trigonometric_features) > 3 * error(positive)).all()
+
+
 def test_the_performer_s_error_falls_as_one_over_the_features_and_orthogonal_ones_err_less():
     q, k, v = (c * x[:, :7] for c, x in zip((0.35, 0.35, 1), arrays(), strict=True))
     exact = ops.attention(q, k, v)
