@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     # causal_lm: the next token | masked_lm: hidden tokens, both sides seen
     # recall: the value that went with a key | cue: what stood in the noise | copying: all of it
     # repeats: the next token of what repeats | modular_addition: a sum
+    # Classes of rows: listops: the value of an expression | digits: of images, pixel by pixel
+    # which_document: a passage is from | same_document: whether two passages are from one
     config.task = "causal_lm"
 
     config.data = data = ConfigDict()
@@ -30,13 +32,17 @@ def get_config() -> ConfigDict:
     data.tokenizer = "char"  # char | byte | bpe | unigram (SentencePiece) | mecab (Japanese words)
     data.vocab_size = 4096  # bpe, unigram, mecab: entries to train; where data are made: ids
     data.tokenizer_path = placeholder(str)  # bpe, unigram: load this file instead of training
-    data.validation_fraction = 0.1  # of the text, its last part; of all sums: never trained on
+    data.validation_fraction = 0.1  # of text, images: the last part; of all sums: never trained on
     data.context = 128  # tokens a training window has
     data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer
     data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
     data.num_pairs = 8  # recall: keys with a value in a window
     data.min_pairs = placeholder(int)  # recall: as few in some training windows; None: num_pairs
     data.ramp_steps = 0  # recall: the most in a training window grows from min_pairs over as many
+    data.min_length = 16  # listops: tokens of the shortest expression
+    data.max_depth = 10  # listops: operations within one another, and digits in the last of them
+    data.max_args = 10  # listops: arguments of an operation
+    data.num_documents = 10  # which_document: the longest ones, which are to be told apart
 
     config.model = model = ConfigDict()
     model.num_layers = 4

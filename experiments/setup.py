@@ -39,9 +39,14 @@ class DataConfig:
     num_pairs: int
     min_pairs: int | None
     ramp_steps: int
+    min_length: int
+    max_depth: int
+    max_args: int
+    num_documents: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "num_pairs"):
+        for name in ("vocab_size", "context", "num_pairs", "min_length", "max_depth", "max_args",
+                     "num_documents"):  # fmt: skip
             check(f"data.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         longer = all(isinstance(factor, int) and factor > 1 for factor in self.longer)
         check("data.longer", self.longer, longer, "integers > 1")
@@ -110,6 +115,7 @@ class Settings:
             context=self.data.context,
             dtype=self.train.compute_dtype,
             remat=self.train.remat,
+            **self.task.sizes_of_model(self.data),
             **self.model,
         )
 

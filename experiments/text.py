@@ -56,31 +56,44 @@ def keep_text(run: RunDirectory, text: Text) -> None:
     Raises:
       ValueError: the run was trained on another text, or with another tokenizer.
     """
+    tokens, vocab_size = len(text.train) + len(text.validation), text.tokenizer.vocab_size
+    if not keep_corpus(run, text.corpus, tokens=tokens, vocab_size=vocab_size):
+        write_text_atomic(run.tokenizer, text.tokenizer.to_json())
+    elif data.Tokenizer.load(run.tokenizer).to_json() != text.tokenizer.to_json():
+        raise ValueError(
+            f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
+            "differs from the one built now); choose another --workdir"
+        )
+
+
+def keep_corpus(run: RunDirectory, corpus: data.Corpus, **more: int) -> bool:
+    """Writes what identifies the corpus, or checks it against what stands there.
+
+    Returns:
+      Whether it stood there.
+
+    Raises:
+      ValueError: the run was trained on another text.
+    """
     path = run.path / "corpus.json"
     now = {
-        "name": text.corpus.name,
-        "source": text.corpus.source,
-        "sha256": text.corpus.sha256,
-        "characters": len(text.corpus.text),
-        "tokens": len(text.train) + len(text.validation),
-        "vocab_size": text.tokenizer.vocab_size,
+        "name": corpus.name,
+        "source": corpus.source,
+        "sha256": corpus.sha256,
+        "characters": len(corpus.text),
+        **more,
     }
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if before["sha256"] != now["sha256"]:
-            raise ValueError(
-                f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
-                f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
-                "another --workdir"
-            )
-        if data.Tokenizer.load(run.tokenizer).to_json() != text.tokenizer.to_json():
-            raise ValueError(
-                f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
-                "differs from the one built now); choose another --workdir"
-            )
-        return
-    write_text_atomic(run.tokenizer, text.tokenizer.to_json())
-    write_text_atomic(path, json.dumps(now, indent=2) + "\n")
+    if not path.exists():
+        write_text_atomic(path, json.dumps(now, indent=2) + "\n")
+        return False
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if before["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
+            f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
+            "another --workdir"
+        )
+    return True

@@ -4,6 +4,7 @@ Another task is another class in this package, with a name in `TASKS`, which `co
 """
 
 from experiments.tasks.addition import ModularAddition
+from experiments.tasks.classification import Digits, ListOps, SameDocument, WhichDocument
 from experiments.tasks.generated import Copying, Cue, GeneratedTask, Recall
 from experiments.tasks.masked import MaskedLM
 from experiments.tasks.repeats import Repeats
@@ -18,6 +19,10 @@ TASKS: dict[str, type[Task]] = {
     "copying": Copying,
     "repeats": Repeats,
     "modular_addition": ModularAddition,
+    "listops": ListOps,
+    "which_document": WhichDocument,
+    "same_document": SameDocument,
+    "digits": Digits,
 }
 
 __all__ = [

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
 from flax import nnx
 
-from experiments.tasks.task import Example, Task
+from experiments.tasks.drawn import DrawnTask
+from experiments.tasks.task import Example
 from qkv_jax import data, nn, training
 from qkv_jax.data.batches import Batch
 from qkv_jax.models import Decoder, DecoderConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from experiments.setup import Settings
 
 
-class GeneratedTask(Task):
+class GeneratedTask(DrawnTask):
     """Batches are generated, new ones each step; a decoder is asked at places of weight 1."""
 
     config, model = DecoderConfig, Decoder
@@ -26,7 +27,6 @@ class GeneratedTask(Task):
     unit = "answer"
     reads = ("vocab_size",)
     rows: ClassVar[Callable[..., Batch]]  # generates them; it takes the fields in `reads`
-    rule: ClassVar[str]  # a sentence
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
@@ -53,35 +53,17 @@ class GeneratedTask(Task):
         """What `rows` is called with beside: the context and the fields in `reads`."""
         return {name: getattr(self.settings.data, name) for name in ("context", *self.reads)}
 
-    @property
-    def validation(self) -> str:
-        number = self.settings.train.eval_batches * self.settings.windows["batch_size"]
-        return f"{number:,} new sequences; {self.source}"
-
-    def train_batches(self, step: int) -> Batch:
-        number = self.settings.train.steps_per_dispatch
-        steps = [self._batch(step + i, data.TRAINING) for i in range(number)]
-        return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
-
-    def eval_batches(self) -> Iterator[Batch]:
-        for step in range(self.settings.train.eval_batches):
-            yield self._batch(step, data.EVALUATION)
-
-    def _batch(self, step: int, stream: int) -> Batch:
-        return self.generate(step, self.settings.windows["batch_size"], stream)
-
     def measure(self, graphdef: nnx.GraphDef, params: nn.Params) -> dict[str, float]:
         """Loss and accuracy over as many sequences as while training, but other ones.
 
         Where answers have distances, also `accuracy_16`, of those at 9 to 16, and so on by powers
         of two.
         """
-        eval_step = training.make_eval_step(graphdef, self.predict)
-        number = self.settings.train.eval_batches
-        batches = [self._batch(step, data.TEST) for step in range(number)]
-        scores = training.mean_metrics(eval_step, params, batches)
+        scores = super().measure(graphdef, params)
+        batches = self.test_batches()
         if "distances" not in batches[0]:
             return scores
+        eval_step = training.make_eval_step(graphdef, self.predict)
         farthest = max(batch["distances"].max() for batch in batches)
         low, high = 0, 8
         while low < farthest:
@@ -137,9 +119,6 @@ class GeneratedTask(Task):
         if len(tokens) > 64:  # too small to see
             return None
         return Example(tokens, [self.label(token) for token in tokens])
-
-    def about_data(self) -> list[str]:
-        return [f"- {self.source}; {self.rule}"]
 
 
 class Recall(GeneratedTask):

@@ -15,7 +15,7 @@ from qkv_jax.data.batches import Batch
 from qkv_jax.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from experiments.setup import Settings
+    from experiments.setup import DataConfig, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,12 @@ class Task(abc.ABC):
         Raises:
           ValueError: the run was trained on other data.
         """
+
+    @classmethod
+    def sizes_of_model(cls, config: DataConfig) -> dict[str, int]:
+        """The fields of the model's config that the data decide, beside ids and context."""
+        del config
+        return {}
 
     # --- While training ---
 
