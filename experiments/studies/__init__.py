@@ -22,6 +22,7 @@ from experiments.studies import (
     sinks,
     tokens,
 )
+from experiments.studies import distance, heads, lm, long_range, positions, projections, recall
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
 # name -> what a study's results, one line for each run, say of its claim
@@ -38,6 +39,7 @@ STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
     "induction": induction.judge,
     "grokking": grokking.judge,
     "tokens": tokens.judge,
+    "long_range": long_range.judge,
 }
 
 
