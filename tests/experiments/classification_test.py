@@ -106,7 +106,7 @@ def test_no_document_of_two_passages_was_trained_on(tmp_path):
     train_letters, test_letters = (
         {chr(text[0]) for text in task.texts(stream)} for stream in (data.TRAINING, data.TEST)
     )
-    # Those of at least 22 bytes are c ... h; of the longest first, h g f e d c, every third is held.
+    # At least 22 bytes have c ... h; from the longest on, every third is held out.
     assert (train_letters, test_letters) == (set("hged"), set("fc"))
 
 
