@@ -1,45 +1,22 @@
 """Studies: a claim about attention, the runs that would show it, and what is found.
 
-Another study is a config in `configs/<name>.py`, made with `configs/study.py`, and a function in
-`experiments/studies/<name>.py` that reads the results and judges the claim, with a line in
-`STUDIES`.
+Another study is a config in `configs/<name>.py`, made with `configs/study.py`, and a function
+`judge` in `experiments/studies/<name>.py` that reads the results and judges the claim, with its
+name in `NAMES`.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 
-from experiments.studies import (
-    distance,
-    grokking,
-    heads,
-    induction,
-    lm,
-    long_documents,
-    positions,
-    projections,
-    recall,
-    scale,
-    sinks,
-    tokens,
-)
-from experiments.studies import distance, heads, lm, long_range, positions, projections, recall
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
+NAMES = (
+    "recall", "distance", "projections", "heads", "scale", "positions", "sinks", "long_range",
+    "approximation", "long_documents", "induction", "grokking", "lm", "tokens",
+)  # fmt: skip
 # name -> what a study's results, one line for each run, say of its claim
 STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
-    "recall": recall.judge,
-    "distance": distance.judge,
-    "projections": projections.judge,
-    "heads": heads.judge,
-    "positions": positions.judge,
-    "sinks": sinks.judge,
-    "long_documents": long_documents.judge,
-    "lm": lm.judge,
-    "scale": scale.judge,
-    "induction": induction.judge,
-    "grokking": grokking.judge,
-    "tokens": tokens.judge,
-    "long_range": long_range.judge,
+    name: importlib.import_module(f"{__name__}.{name}").judge for name in NAMES
 }
 
 
@@ -53,4 +30,4 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-__all__ = ["STUDIES", "Findings", "Line", "Result", "Run", "Study", "by_run", "listing"]
+__all__ = ["NAMES", "STUDIES", "Findings", "Line", "Result", "Run", "Study", "by_run", "listing"]

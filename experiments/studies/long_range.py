@@ -46,6 +46,16 @@ PUBLISHED_STEPS = {
 }
 PUBLISHED_GB = {"Transformer": 9.48, "Linformer": 0.99, "Performer": 1.06}
 
+CAPTIONS = {
+    "accuracy": "Claimed: on ListOps the Transformer is farthest right, on Text most are "
+    "near it. Ours beside the arena's and a later study's. ListOps is the arena's own "
+    "rule; the other three ask something else of other data here.",
+    "time": "Claimed: below the Transformer's line, the more so the longer the rows. Time "
+    "of a training step, in the Transformer's at that length: ours, and the arena's.",
+    "memory": "Claimed: below the Transformer's line. The most memory that a training run "
+    "took, in the Transformer's: ours, and the arena's at 4K.",
+}
+
 NOTES = (
     "Nothing is ranked by Retrieval: the arena has 57 % for the Transformer, two studies that "
     "trained the same models anew have 79 % and 82 %. And where the arena has Performer's, linear "
@@ -108,15 +118,7 @@ def judge(lines: Sequence[Line]) -> Findings:
             "time": _time_figure(times),
             "memory": _memory_figure(memories),
         },
-        captions={
-            "accuracy": "Claimed: on ListOps the Transformer is farthest right, on Text most are "
-            "near it. Ours beside the arena's and a later study's. ListOps is the arena's own "
-            "rule; the other three ask something else of other data here.",
-            "time": "Claimed: below the Transformer's line, the more so the longer the rows. Time "
-            "of a training step, in the Transformer's at that length: ours, and the arena's.",
-            "memory": "Claimed: below the Transformer's line. The most memory that a training run "
-            "took, in the Transformer's: ours, and the arena's at 4K.",
-        },
+        captions=CAPTIONS,
         notes=(_table(scores), *NOTES),
     )
 

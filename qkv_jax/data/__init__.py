@@ -38,8 +38,8 @@ from qkv_jax.data.masking import (
     stacked_masked_windows,
 )
 from qkv_jax.data.mecab import MecabTokenizer
-from qkv_jax.data.repetition import repeats
 from qkv_jax.data.passages import same_document, which_document
+from qkv_jax.data.repetition import repeats
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,

@@ -1,4 +1,4 @@
-"""The attention weights of a model's layers, for looking."""
+"""The attention weights of a model's layers, and what they are made of, for looking."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,10 @@ import jax.numpy as jnp
 
 from qkv_jax import ops
 from qkv_jax.models.decoder import Decoder
+
+# Who says what a layer has not.
+WEIGHTS = "attention_maps", "attention weights"
+INPUTS = "attention_inputs", "queries and keys"
 
 
 def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
@@ -28,21 +32,57 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
     Raises:
       NotImplementedError: a layer's mixer has no attention weights.
     """
-    maps: list[jax.Array] = []
+
+    def weights(op: Any, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
+        del v
+        return (ops.attention_weights if op is ops.attention else op.weights)(q, k, **kwargs)
+
+    for layer, block in enumerate(model.blocks):
+        op = getattr(block.mixer, "op", None)
+        if op is not ops.attention and not hasattr(op, "weights"):
+            raise _no_op(model, layer, WEIGHTS)
+    return jnp.stack(_seen(model, tokens, weights, WEIGHTS))
+
+
+def attention_inputs(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What every layer's op gets: queries, keys and values, after norm and rotation.
+
+    Args:
+      model: a decoder or encoder whose mixers call an op. It comes back as it was.
+      tokens: integers [B, T].
+
+    Returns:
+      q [L, B, T, N, H], k and v [L, B, T, K, H].
+
+    Raises:
+      NotImplementedError: a layer's mixer calls no op.
+    """
+
+    def inputs(op: Any, *qkv: jax.Array, **kwargs: Any) -> tuple[jax.Array, ...]:
+        del op, kwargs
+        return qkv
+
+    for layer, block in enumerate(model.blocks):
+        if not hasattr(block.mixer, "op"):
+            raise _no_op(model, layer, INPUTS)
+    seen = _seen(model, tokens, inputs, INPUTS)
+    return tuple(map(jnp.stack, zip(*seen, strict=True)))
+
+
+def _seen(
+    model: Decoder, tokens: jax.Array, look: Callable[..., Any], missing: tuple[str, str]
+) -> list[Any]:
+    """`look(op, q, k, v, ...)` of every layer's op in a forward pass; the model stays as it was."""
+    found: list[Any] = []
 
     def watch(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        weights = ops.attention_weights if op is ops.attention else op.weights
-
         def watched(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
-            maps.append(weights(q, k, **kwargs))
+            found.append(look(op, q, k, v, **kwargs))
             return op(q, k, v, **kwargs)
 
         return watched
 
-    config, own = model.config, [getattr(block.mixer, "op", None) for block in model.blocks]
-    for layer, op in enumerate(own):
-        if op is not ops.attention and not hasattr(op, "weights"):
-            raise _no_weights(model, layer)
+    config, own = model.config, [block.mixer.op for block in model.blocks]
     try:
         model.config = dataclasses.replace(config, remat=False)  # what it computes cannot be kept
         for block in model.blocks:
@@ -52,9 +92,9 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
         for block, op in zip(model.blocks, own, strict=True):
             block.mixer.op = op
         model.config = config
-    if len(maps) < len(own):  # some mixer has an op and does not call it
-        raise _no_weights(model, len(maps))
-    return jnp.stack(maps)
+    if len(found) < len(own):  # some mixer has an op and does not call it
+        raise _no_op(model, len(found), missing)
+    return found
 
 
 def prefix_matching(maps: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -84,6 +124,7 @@ def previous_token(maps: jax.Array) -> jax.Array:
     return jnp.diagonal(maps, -1, axis1=-2, axis2=-1).mean((1, 3))
 
 
-def _no_weights(model: Decoder, layer: int) -> NotImplementedError:
+def _no_op(model: Decoder, layer: int, missing: tuple[str, str]) -> NotImplementedError:
     mixer = type(model.blocks[layer].mixer).__name__
-    return NotImplementedError(f"attention_maps: layer {layer}, {mixer}, has no attention weights")
+    who, what = missing
+    return NotImplementedError(f"{who}: layer {layer}, {mixer}, has no {what}")

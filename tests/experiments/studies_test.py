@@ -1,5 +1,6 @@
 """Studies: every config is one, its runs train, what they find is judged and reported as said."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,10 @@ from configs import study as base
 from experiments.studies import (
     STUDIES,
     Study,
+    approximation,
     by_run,
     distance,
+    estimates,
     heads,
     listing,
     lm,
@@ -260,7 +263,115 @@ def test_gradients_tell_what_the_answer_can_see(tmp_path):
     assert (norms["gated convolution"][7:] == 0).all()
 
 
+def arena(listops=0.3, text=0.6, milliseconds=5.0, bytes_=10**8):
+    """What efficient attention reaches and takes; exact attention: 0.36, 0.6, 10 ms, 2e8."""
+
+    def of_run(run):
+        task, _, name = run.name.partition(", ")
+        if name == "Transformer":
+            found = result_of(run, {"ListOps": 0.36, "Text": 0.6}.get(task, 0.5))
+            return dataclasses.replace(
+                found, milliseconds_per_step=10.0, peak_memory_bytes=2 * 10**8
+            )
+        found = result_of(run, {"ListOps": listops, "Text": text}.get(task, 0.5))
+        return dataclasses.replace(
+            found, milliseconds_per_step=milliseconds, peak_memory_bytes=bytes_
+        )
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, failed",
+    [
+        (arena(), ""),
+        (arena(listops=0.39), "exact attention's lead on ListOps"),
+        (arena(listops=0.36), "exact attention's lead on ListOps"),  # all alike: nobody leads
+        (arena(text=0.5), "nearness on text"),
+        (arena(milliseconds=11.0), "less time (Linformer, Performer, Linear, Local)"),
+        (arena(bytes_=3 * 10**8), "less memory (Linformer, Performer, Linear, Local)"),
+    ],
+)
+def test_the_arena_is_judged_by_accuracy_time_and_memory(tmp_path, of_run, failed):
+    _, _, findings = judged("long_range", tmp_path, of_run)
+    assert findings.holds == (not failed)
+    assert not failed or f"Not as claimed: {failed}." in findings.margin, findings.margin
+    assert "Retrieval, ours" in findings.notes[0] and "| Local |" in findings.notes[0]
+
+
+def estimated(slope=-1.0, orthogonal=0.8, small=0.1, rank=0.5):
+    counts = approximation.COUNTS
+    errors = {m: m**slope for m in counts}
+    return approximation.Measured(
+        {
+            name: {"independent": errors, "orthogonal": {m: orthogonal * errors[m] for m in errors}}
+            for name in (approximation.GAUSSIAN, approximation.TRAINED)
+        },
+        {"positive": {20.0: 5.0, 160.0: small}, "trigonometric": {20.0: 0.1, 160.0: 7.0}},
+        {"Nystrom": {2: 1.0, 8: rank}},
+    )
+
+
+def blocks(both=0.5):
+    def of_run(run):
+        reached = {"random": 0.4, "window": 0.45, "random + window": both}
+        return result_of(run, reached.get(run.name.partition(", ")[2], 0.6))
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "measured, of_run, failed",
+    [
+        (estimated(), blocks(), ""),
+        (estimated(slope=-0.5), blocks(), "1 / m"),
+        (estimated(orthogonal=1.1), blocks(), "the gain of orthogonal features"),
+        (estimated(small=8.0), blocks(), "positive features' small weights"),
+        (estimated(rank=1.5), blocks(), "the fall with the rank"),
+        (
+            estimated(), blocks(both=0.44),
+            "random + window together (digits); random + window together (text)",
+        ),
+    ],
+)  # fmt: skip
+def test_approximations_are_judged_part_by_part(tmp_path, measured, of_run, failed):
+    study = study_of("approximation", tmp_path)
+    findings = approximation.find(by_run(of_run(run) for run in study.runs), measured)
+    assert findings.holds == (not failed)
+    assert (f"Not as claimed: {failed}." if failed else "alone.") in findings.margin
+    assert set(findings.figures) == set(findings.captions)
+
+
+def test_estimates_err_less_with_features_and_rank_and_by_kind_with_the_kernel():
+    q, k, v = qkv = estimates.gaussian(16, 4)
+    assert q.shape == k.shape == v.shape == (1, 16, 1, 4)
+    few, many = estimates.performer_errors(qkv, "orthogonal", (4, 256), redraws=8).values()
+    assert many < few / 8
+    errors = estimates.kernel_errors(num_features=8, radius=1.5, dim=4, redraws=200, angles=2)
+    assert list(errors["positive"]) == [60.0, 120.0]
+    assert errors["positive"][120.0] < errors["positive"][60.0]
+    assert errors["trigonometric"][120.0] > 3 * errors["trigonometric"][60.0]
+    for name, by_rank in estimates.rank_errors(qkv, (2, 16)).items():
+        assert by_rank[16] < (1e-3 if "Gaussian" not in name else by_rank[2]), name
+
+
+def test_what_is_approximated_is_what_a_trained_run_attends_to(scripts, tmp_path):
+    few = {
+        "base.data.corpus": "text_file", "base.data.path": str(scripts.corpus),
+        "base.data.context": 12, "base.train.num_steps": 2, "base.train.batch_size": 2,
+        "base.train.eval_batches": 1, "base.train.sample_tokens": 3,
+    }  # fmt: skip
+    config = config_of("approximation")
+    config.runs = tuple(run for run in config.runs if run[0] == "text, full")  # it reads a text
+    config.update_from_flattened_dict(few)
+    run = Study.from_config(config, tmp_path).runs[0]
+    assert study_training.train([run], jobs=1, say=lambda _: None) == {}
+    q, k, v = approximation.trained_inputs(run)
+    assert q.shape == k.shape == v.shape == (2 * approximation.ROWS, 12, 2, 32)
+
+
 @pytest.mark.parametrize("name, of_run", [
+    ("long_range", arena()),
     ("recall", recalled(1.0, lambda wide, far: 0.5 / far)),
     ("projections", losses(**{"K = V": 0.03, "Q = K": 0.08})),
     ("heads", by_size(valley, falling, falling)),

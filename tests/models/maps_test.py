@@ -7,7 +7,14 @@ import pytest
 from flax import nnx
 
 from qkv_jax import nn, ops
-from qkv_jax.models import Decoder, DecoderConfig, attention_maps, prefix_matching, previous_token
+from qkv_jax.models import (
+    Decoder,
+    DecoderConfig,
+    attention_inputs,
+    attention_maps,
+    prefix_matching,
+    previous_token,
+)
 from tests.parameters import randomised
 from tests.tolerances import assert_close
 
@@ -37,6 +44,22 @@ def test_the_maps_are_the_weights_of_each_layer(remat):
         exps = np.where(np.tril(np.ones((T, T), bool)), np.exp(logits), 0)
         assert_close(weights, exps / exps.sum(-1, keepdims=True), scale=10)
         x = block(x, mask=ops.masks.Causal())
+
+
+def test_the_inputs_are_what_the_maps_are_made_of():
+    model = decoder()
+    q, k, v = attention_inputs(model, TOKENS)
+    assert q.shape == (L, B, T, N, 2) and k.shape == v.shape == (L, B, T, 3, 2)
+    maps = attention_maps(model, TOKENS)
+    for layer in range(L):
+        weights = ops.attention_weights(q[layer], k[layer], mask=ops.masks.Causal())
+        assert_close(weights, maps[layer])
+    x = model.embed(TOKENS)
+    assert_close(v[0], model.blocks[0].mixer.project(model.blocks[0].mixer_norm(x))[2])
+    with pytest.raises(
+        NotImplementedError, match="attention_inputs: layer 0, LSTM, has no queries"
+    ):
+        attention_inputs(decoder(mixer="lstm", num_kv_heads=None, qk_norm=False), TOKENS)
 
 
 def test_the_model_comes_back_as_it_was():
