@@ -40,6 +40,8 @@ from qkv_jax.data.masking import (
 from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.repetition import repeats
+from qkv_jax.data.senses import masked_sentences, sentences
+from qkv_jax.data.spans import passages
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
     BpeTokenizer,
@@ -72,15 +74,18 @@ __all__ = [
     "documents",
     "listops",
     "load_corpus",
+    "masked_sentences",
     "masked_windows",
     "modular_addition",
     "ngram_floors",
     "pack_tokens",
+    "passages",
     "python_docs",
     "random_windows",
     "recall",
     "repeats",
     "same_document",
+    "sentences",
     "sequential_masked_windows",
     "sequential_windows",
     "split",

@@ -141,11 +141,7 @@ def _hide(
     """Windows [..., T] and which of their tokens may be chosen; random bits, uint64 [3, ..., T]."""
     _check(windows, mask_id, mask_rate)
     order, fate, other = draws
-    number = eligible.sum(-1, keepdims=True)
-    number = np.minimum(number, np.maximum(1, np.rint(mask_rate * number)))
-    order = np.where(eligible, order >> np.uint64(1), order | np.uint64(1 << 63))  # those come last
-    rank = np.argsort(np.argsort(order, axis=-1, kind="stable"), axis=-1, kind="stable")
-    chosen = rank < number
+    chosen = choose(order, eligible, mask_rate)
     share = to_unit(fate)
     masked = chosen & (share < MASKED)
     replaced = chosen & (share >= MASKED) & (share < MASKED + REPLACED)
@@ -156,6 +152,24 @@ def _hide(
         "targets": windows.astype(np.int32),
         "weights": chosen.astype(np.float32),
     }
+
+
+def choose(order: np.ndarray, eligible: np.ndarray, mask_rate: float) -> np.ndarray:
+    """The eligible tokens that come first: `max(1, round(mask_rate * number))` of each row.
+
+    Args:
+        order: random bits, uint64 [..., T].
+        eligible: bool [..., T].
+        mask_rate: in (0, 1).
+
+    Returns:
+        bool [..., T].
+    """
+    number = eligible.sum(-1, keepdims=True)
+    number = np.minimum(number, np.maximum(1, np.rint(mask_rate * number)))
+    order = np.where(eligible, order >> np.uint64(1), order | np.uint64(1 << 63))  # those come last
+    rank = np.argsort(np.argsort(order, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return rank < number
 
 
 def _draws(seed: int, step: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:

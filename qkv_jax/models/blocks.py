@@ -1,8 +1,10 @@
 """The residual stream of a Transformer: embeddings in, blocks, what they share."""
 
+import collections
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -158,14 +160,25 @@ def apply_blocks(
     config: TransformerConfig,
     blocks: Sequence[nn.TransformerBlock | CrossBlock],
     x: jax.Array,
+    **kwargs: Any,
+) -> jax.Array:
+    """The residual stream [B, T, D] after all blocks; arguments as in `block_states`."""
+    states = itertools.chain([x], block_states(config, blocks, x, **kwargs))
+    return collections.deque(states, maxlen=1).pop()
+
+
+def block_states(
+    config: TransformerConfig,
+    blocks: Sequence[nn.TransformerBlock | CrossBlock],
+    x: jax.Array,
     *,
     mask: Mask | None,
     positions: jax.Array | None,
     rngs: Sequence[jax.Array | None],
     score: Score | None = None,
     **shared: Any,
-) -> jax.Array:
-    """The residual stream [B, T, D] after all blocks.
+) -> Iterator[jax.Array]:
+    """The residual stream [B, T, D] after each block.
 
     `score` is for the mixers that are attention, as rotary positions are: the others know order by
     themselves. `shared` is what else every block takes, such as a context.
@@ -184,7 +197,7 @@ def apply_blocks(
         if config.remat:
             apply = jax.checkpoint(apply)
         x = apply(x, rng=rng)
-    return x
+        yield x
 
 
 def make_head(config: TransformerConfig, rngs: nnx.Rngs) -> nn.Linear | None:

@@ -1,6 +1,7 @@
 """BERT: an encoder whose tokens all see one another, and three heads for it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from qkv_jax import nn
 from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
+    block_states,
     dropout_rngs,
     kernel_init,
     make_bias,
@@ -99,13 +101,32 @@ class Encoder(nnx.Module):
         """
         config = self.config
         *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
-        x = apply_blocks(
-            config, self.blocks,
-            nn.dropout(self.embed(tokens, segments), config.dropout_rate, first),
-            mask=None if lengths is None else Lengths(lengths), positions=None, rngs=rngs,
-            score=position_score(config, self.bias),
-        )  # fmt: skip
+        x = nn.dropout(self.embed(tokens, segments), config.dropout_rate, first)
+        x = apply_blocks(config, self.blocks, x, rngs=rngs, **self._shared(lengths))
         return x if self.final_norm is None else self.final_norm(x)
+
+    def states(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        lengths: int | jax.Array | None = None,
+    ) -> jax.Array:
+        """The residual stream before the first block, and after each: [L + 1, B, T, D].
+
+        Arguments as in a call, without dropout. The last is what a call norms, if it does.
+        """
+        x, rngs = self.embed(tokens, segments), [None] * self.config.num_layers
+        after = block_states(self.config, self.blocks, x, rngs=rngs, **self._shared(lengths))
+        return jnp.stack([x, *after])
+
+    def _shared(self, lengths: int | jax.Array | None) -> dict[str, Any]:
+        """What every block is called with."""
+        return {
+            "mask": None if lengths is None else Lengths(lengths),
+            "positions": None,
+            "score": position_score(self.config, self.bias),
+        }
 
     def embed(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """The first residual stream, [B, T, D]."""

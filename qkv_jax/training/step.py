@@ -23,6 +23,11 @@ def predict_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> ja
     return model(batch["inputs"], rng=rng)
 
 
+def predict_padded_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """The same for rows of which `lengths`, int32 [B], tokens are no padding."""
+    return model(batch["inputs"], lengths=batch["lengths"], rng=rng)
+
+
 def cross_entropy_loss(graphdef: nnx.GraphDef, predict: Predict = predict_tokens) -> Loss:
     """The mean cross-entropy of a batch's targets, in nats, by the model with this structure.
 

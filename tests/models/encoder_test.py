@@ -175,6 +175,22 @@ def test_the_first_stream_is_the_norm_of_three_embeddings():
 # The heads
 
 
+@pytest.mark.parametrize("changes", [{}, {"norm_position": "pre", "mixer": "value_residual"}])
+def test_the_states_lead_from_the_embedding_to_what_a_call_returns(changes):
+    config = dataclasses.replace(SMALL, num_layers=3, **changes)
+    encoder = model(config=config)
+    states = encoder.states(TOKENS, segments=SEGMENTS, lengths=LENGTHS)
+    assert states.shape == (4, B, T, D)
+    assert_close(states[0], encoder.embed(TOKENS, SEGMENTS))
+    last = states[-1] if encoder.final_norm is None else encoder.final_norm(states[-1])
+    assert_close(last, encoder(TOKENS, segments=SEGMENTS, lengths=LENGTHS))
+    shallow = model(config=config)
+    shallow.blocks = nnx.List(list(shallow.blocks)[:1])
+    shallow.config = dataclasses.replace(config, num_layers=1)
+    assert_close(states[1], shallow.states(TOKENS, segments=SEGMENTS, lengths=LENGTHS)[-1])
+    model.cache_clear()  # the encoder above is no longer the config's
+
+
 @pytest.mark.parametrize(
     "config", [SMALL, dataclasses.replace(SMALL, tie_embeddings=False, logit_softcap=0.7)]
 )
