@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     # repeats: the next token of what repeats | modular_addition: a sum
     # Classes of rows: listops: the value of an expression | digits: of images, pixel by pixel
     # which_document: a passage is from | same_document: whether two passages are from one
+    # senses: hidden words of sentences | spans: questions about a passage
     config.task = "causal_lm"
 
     config.data = data = ConfigDict()
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
     data.validation_fraction = 0.1  # of text, images: the last part; of all sums: never trained on
     data.context = 128  # tokens a training window has
     data.longer = ()  # causal_lm: in the end, evaluate also on windows so many times longer
-    data.mask_rate = 0.15  # masked_lm: share of a window's tokens that are to be guessed
+    data.mask_rate = 0.15  # masked_lm, senses: share of the tokens that are to be guessed
     data.num_pairs = 8  # recall: keys with a value in a window
     data.min_pairs = placeholder(int)  # recall: as few in some training windows; None: num_pairs
     data.ramp_steps = 0  # recall: the most in a training window grows from min_pairs over as many

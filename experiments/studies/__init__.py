@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
 NAMES = (
-    "recall", "distance", "projections", "heads", "scale", "positions", "sinks", "long_range",
-    "approximation", "long_documents", "induction", "grokking", "lm", "tokens",
+    "recall", "distance", "senses", "projections", "heads", "scale", "positions",
+    "sinks", "long_range", "approximation", "long_documents", "induction", "grokking", "lm",
+    "tokens",
 )  # fmt: skip
 # name -> what a study's results, one line for each run, say of its claim
 STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {

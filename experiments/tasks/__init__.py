@@ -8,6 +8,8 @@ from experiments.tasks.classification import Digits, ListOps, SameDocument, Whic
 from experiments.tasks.generated import Copying, Cue, GeneratedTask, Recall
 from experiments.tasks.masked import MaskedLM
 from experiments.tasks.repeats import Repeats
+from experiments.tasks.senses import Senses
+from experiments.tasks.spans import Spans
 from experiments.tasks.task import Example, Task
 from experiments.tasks.text import CausalLM, TextTask
 
@@ -23,6 +25,8 @@ TASKS: dict[str, type[Task]] = {
     "which_document": WhichDocument,
     "same_document": SameDocument,
     "digits": Digits,
+    "senses": Senses,
+    "spans": Spans,
 }
 
 __all__ = [
@@ -32,6 +36,8 @@ __all__ = [
     "GeneratedTask",
     "MaskedLM",
     "Recall",
+    "Senses",
+    "Spans",
     "Task",
     "TextTask",
 ]

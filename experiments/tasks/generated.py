@@ -30,9 +30,13 @@ class GeneratedTask(DrawnTask):
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
-        self.vocab_size = settings.data.vocab_size
+        self.vocab_size = self.count_ids()
         self.source = f"data: {self.sizes}, of {self.vocab_size:,} ids"
         self.generate(0, 1, data.TRAINING)  # raises where the sizes do not fit
+
+    def count_ids(self) -> int:
+        """How many ids the model knows."""
+        return self.settings.data.vocab_size
 
     @property
     def sizes(self) -> str:
