@@ -39,6 +39,8 @@ from qkv_jax.data.masking import (
 )
 from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.passages import same_document, which_document
+from qkv_jax.data.pair_batches import TokenPairs, encode_pairs, random_pairs, sequential_pairs
+from qkv_jax.data.pairs import PAIRS, Pairs, load_pairs, read_pairs
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
 from qkv_jax.data.spans import passages
@@ -55,6 +57,7 @@ from qkv_jax.data.unigram import UnigramTokenizer
 __all__ = [
     "CORPORA",
     "EVALUATION",
+    "PAIRS",
     "TEST",
     "TOKENIZERS",
     "TRAINING",
@@ -63,6 +66,8 @@ __all__ = [
     "CharTokenizer",
     "Corpus",
     "MecabTokenizer",
+    "Pairs",
+    "TokenPairs",
     "Tokenizer",
     "UnigramTokenizer",
     "bits_per_character",
@@ -75,18 +80,23 @@ __all__ = [
     "listops",
     "load_corpus",
     "masked_sentences",
+    "encode_pairs",
+    "load_pairs",
     "masked_windows",
     "modular_addition",
     "ngram_floors",
     "pack_tokens",
     "passages",
     "python_docs",
+    "random_pairs",
     "random_windows",
+    "read_pairs",
     "recall",
     "repeats",
     "same_document",
     "sentences",
     "sequential_masked_windows",
+    "sequential_pairs",
     "sequential_windows",
     "split",
     "split_pairs",

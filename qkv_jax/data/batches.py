@@ -8,7 +8,7 @@ from operator import index
 
 import numpy as np
 
-from qkv_jax.data.draws import TRAINING, raw_bits
+from qkv_jax.data.draws import TRAINING, integers
 
 Batch = dict[str, np.ndarray]
 
@@ -132,19 +132,16 @@ def stacked_windows(
             f"tokens has {len(tokens)} entries; wanted at least {context + 1} for context {context}"
             ", and less than 2**32"
         )
-    starts = [_starts(num_starts, seed, step + i, stream, batch_size) for i in range(num_steps)]
+    starts = [
+        integers(batch_size, num_starts, seed=seed, step=step + i, stream=stream)
+        for i in range(num_steps)
+    ]
     positions = np.stack(starts)[:, :, None] + np.arange(context + 1)
     windows = tokens[positions].astype(np.int32)
     return {
         "inputs": np.ascontiguousarray(windows[..., :-1]),
         "targets": np.ascontiguousarray(windows[..., 1:]),
     }
-
-
-def _starts(num_starts: int, seed: int, step: int, stream: int, batch_size: int) -> np.ndarray:
-    """`batch_size` draws from `[0, num_starts)`, int64; each is at most 2**-32 from uniform."""
-    high_bits = raw_bits(batch_size, seed=seed, step=step, stream=stream) >> np.uint64(32)
-    return (high_bits * np.uint64(num_starts) >> np.uint64(32)).astype(np.int64)
 
 
 def sequential_windows(

@@ -31,6 +31,12 @@ def uniform(shape: tuple[int, ...], *, seed: int, step: int, stream: int) -> np.
     return to_unit(bits).reshape(shape)
 
 
+def integers(number: int, below: int, *, seed: int, step: int, stream: int) -> np.ndarray:
+    """So many draws from `[0, below)`, int64, `below < 2**32`; at most 2**-32 from uniform."""
+    high_bits = raw_bits(number, seed=seed, step=step, stream=stream) >> np.uint64(32)
+    return (high_bits * np.uint64(below) >> np.uint64(32)).astype(np.int64)
+
+
 def without_replacement(draws: np.ndarray, number: int, weights: np.ndarray) -> np.ndarray:
     """Draws `number` different indices of each row, one after another, with the given weights.
 
