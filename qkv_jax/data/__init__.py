@@ -38,9 +38,9 @@ from qkv_jax.data.masking import (
     stacked_masked_windows,
 )
 from qkv_jax.data.mecab import MecabTokenizer
-from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.pair_batches import TokenPairs, encode_pairs, random_pairs, sequential_pairs
 from qkv_jax.data.pairs import PAIRS, Pairs, load_pairs, read_pairs
+from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
 from qkv_jax.data.spans import passages
@@ -77,11 +77,11 @@ __all__ = [
     "cue",
     "digits",
     "documents",
+    "encode_pairs",
     "listops",
     "load_corpus",
-    "masked_sentences",
-    "encode_pairs",
     "load_pairs",
+    "masked_sentences",
     "masked_windows",
     "modular_addition",
     "ngram_floors",

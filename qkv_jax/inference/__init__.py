@@ -2,5 +2,6 @@
 
 from qkv_jax.inference.generation import generate
 from qkv_jax.inference.sampling import check_sampling, filter_logits, sample
+from qkv_jax.inference.translation import translate
 
-__all__ = ["check_sampling", "filter_logits", "generate", "sample"]
+__all__ = ["check_sampling", "filter_logits", "generate", "sample", "translate"]

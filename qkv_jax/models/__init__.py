@@ -10,7 +10,13 @@ from qkv_jax.models.encoder import (
     SpanClassifier,
 )
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from qkv_jax.models.maps import attention_inputs, attention_maps, prefix_matching, previous_token
+from qkv_jax.models.maps import (
+    alignment_maps,
+    attention_inputs,
+    attention_maps,
+    prefix_matching,
+    previous_token,
+)
 from qkv_jax.models.mixers import MIXERS, Mixer
 from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 
@@ -30,6 +36,7 @@ __all__ = [
     "RecurrentSeq2Seq",
     "RecurrentSeq2SeqConfig",
     "SpanClassifier",
+    "alignment_maps",
     "attention_inputs",
     "attention_maps",
     "interpolate_positions",

@@ -67,6 +67,7 @@ class ConvSeq2Seq(Seq2Seq):
     def __init__(self, config: ConvSeq2SeqConfig, *, rngs: nnx.Rngs):
         D, L, shared = config.width, config.num_layers, {"dtype": config.dtype, "rngs": rngs}
         self.config = config
+        self.op = ops.attention  # of every decoder layer
 
         def embedding(size: int) -> nnx.Embed:
             return nnx.Embed(size, D, embedding_init=nnx.initializers.normal(0.1), **shared)
@@ -128,9 +129,21 @@ class ConvSeq2Seq(Seq2Seq):
         x = embedded
         for convolve, query, key in zip(self.decoder, self.queries, rngs, strict=True):
             h = convolve(nn.dropout(x, rate, key), mask=Causal())
-            found = _attend(_sum(query(h), embedded), memory, source_lengths)
+            found = self._attend(_sum(query(h), embedded), memory, source_lengths)
             x = _sum(_sum(h, found), x)
         return self.head(nn.dropout(x, rate, last)).astype(jnp.float32)
+
+    def _attend(
+        self, query: jax.Array, memory: Memory, source_lengths: int | jax.Array | None
+    ) -> jax.Array:
+        """What [B, T, D] queries find in the memory, times the root of its length."""
+        keys, values = memory
+        mask = None if source_lengths is None else Lengths(source_lengths)
+        length = keys.shape[1] if source_lengths is None else source_lengths
+        found = self.op(
+            query[:, :, None], keys[:, :, None], values[:, :, None], mask=mask, scale=1.0
+        )
+        return found[:, :, 0] * jnp.sqrt(jnp.reshape(length, (-1, 1, 1))).astype(query.dtype)
 
 
 def _sum(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -140,14 +153,3 @@ def _sum(a: jax.Array, b: jax.Array) -> jax.Array:
 def _embed(embedding: nnx.Embed, positions: nn.LearnedPositions, tokens: jax.Array) -> jax.Array:
     x = embedding(tokens)
     return x + positions(jnp.arange(tokens.shape[1])).astype(x.dtype)
-
-
-def _attend(query: jax.Array, memory: Memory, source_lengths: int | jax.Array | None) -> jax.Array:
-    """What [B, T, D] queries find in the memory, times the root of its length."""
-    keys, values = memory
-    mask = None if source_lengths is None else Lengths(source_lengths)
-    length = keys.shape[1] if source_lengths is None else source_lengths
-    found = ops.attention(
-        query[:, :, None], keys[:, :, None], values[:, :, None], mask=mask, scale=1.0
-    )
-    return found[:, :, 0] * jnp.sqrt(jnp.reshape(length, (-1, 1, 1))).astype(query.dtype)

@@ -8,8 +8,15 @@ from flax import nnx
 
 from qkv_jax import nn, ops
 from qkv_jax.models import (
+    ConvSeq2Seq,
+    ConvSeq2SeqConfig,
     Decoder,
     DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    RecurrentSeq2Seq,
+    RecurrentSeq2SeqConfig,
+    alignment_maps,
     attention_inputs,
     attention_maps,
     prefix_matching,
@@ -112,3 +119,42 @@ def test_a_head_that_looks_at_the_token_before_is_seen_to():
     np.testing.assert_allclose(
         previous_token(maps), [[1] * N, [0] * N, [0.5] + [1] * (N - 1)], atol=1e-6
     )
+
+
+S, LENGTHS = 7, np.array([7, 3])
+SOURCE = np.random.RandomState(1).randint(0, V, (B, S))
+
+
+def seq2seq(kind, **changes):
+    sizes = {"vocab_size": V, "num_layers": L, "width": 12} | changes
+    if kind == "recurrent":
+        return RecurrentSeq2Seq(RecurrentSeq2SeqConfig(**sizes), rngs=nnx.Rngs(0))
+    if kind == "convolutional":
+        return ConvSeq2Seq(ConvSeq2SeqConfig(**sizes, context=S), rngs=nnx.Rngs(0))
+    config = EncoderDecoderConfig(**sizes, context=S, num_heads=N, remat=True)
+    return EncoderDecoder(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "kind, layers, heads",
+    [("recurrent", 1, 1), ("convolutional", L, 1), ("transformer", L, N)],
+)
+def test_alignments_are_weights_over_the_source_alone(kind, layers, heads):
+    model = randomised(seq2seq(kind))
+    graphdef, _ = nn.split(model)
+    maps = np.asarray(alignment_maps(model, SOURCE, TOKENS, source_lengths=LENGTHS))
+    assert maps.shape == (layers, B, heads, T, S) and maps.dtype == np.float32
+    assert_close(maps.sum(-1), np.ones(maps.shape[:-1]))
+    assert (maps[:, 1, ..., LENGTHS[1] :] == 0).all() and (maps[:, 0].max((0, 1, 2)) > 0.01).all()
+    assert np.ptp(maps, axis=-1).max() > 0.1
+    assert nn.split(model)[0] == graphdef
+    # What a token looks at cannot depend on later ones.
+    later = TOKENS.copy()
+    later[:, -1] = (later[:, -1] + 1) % V
+    again = np.asarray(alignment_maps(model, SOURCE, later, source_lengths=LENGTHS))
+    assert_close(again[..., :-1, :], maps[..., :-1, :])
+
+
+def test_a_model_without_attention_has_no_alignments():
+    with pytest.raises(NotImplementedError, match="no attention to the source"):
+        alignment_maps(seq2seq("recurrent", attention="none"), SOURCE, TOKENS)
