@@ -25,11 +25,12 @@ def get_config() -> ConfigDict:
     # Classes of rows: listops: the value of an expression | digits: of images, pixel by pixel
     # which_document: a passage is from | same_document: whether two passages are from one
     # senses: hidden words of sentences | spans: questions about a passage
+    # translation: a sentence, from its counterpart
     config.task = "causal_lm"
 
     config.data = data = ConfigDict()
     data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
-    data.path = placeholder(str)  # text_file: a file, a glob or a folder (UTF-8)
+    data.path = placeholder(str)  # text_file: a file, a glob or a folder; see also data.pairs
     data.tokenizer = "char"  # char | byte | bpe | unigram (SentencePiece) | mecab (Japanese words)
     data.vocab_size = 4096  # bpe, unigram, mecab: entries to train; where data are made: ids
     data.tokenizer_path = placeholder(str)  # bpe, unigram: load this file instead of training
@@ -44,8 +45,16 @@ def get_config() -> ConfigDict:
     data.max_depth = 10  # listops: operations within one another, and digits in the last of them
     data.max_args = 10  # listops: arguments of an operation
     data.num_documents = 10  # which_document: the longest ones, which are to be told apart
+    # Of translation:
+    data.pairs = "numbers_de"  # generated: numbers_de | numbers_ja | dates; or file: data.path
+    data.num_examples = 10_000  # generated pairs
+    data.target_path = placeholder(str)  # a line for each of data.path; None: that is a TSV of both
+    data.test_path = placeholder(str)  # measured at the end; None: the validation part
+    data.test_target_path = placeholder(str)  # as data.target_path
+    data.bleu_tokenizer = "13a"  # sacrebleu's, for files: 13a | intl | char | zh | none
 
     config.model = model = ConfigDict()
+    model.kind = "transformer"  # of translation also: recurrent | convolutional
     model.num_layers = 4
     model.width = 128  # D, the residual stream
     model.num_heads = 4  # N
@@ -63,7 +72,7 @@ def get_config() -> ConfigDict:
     model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)
     model.num_features = 128  # random features of a head (performer)
     model.rank = 32  # rows (linformer), landmarks (nystrom), width of the latent (latent)
-    model.conv_width = 4  # tokens that a short convolution sees
+    model.conv_width = 4  # tokens that a short (or a convolutional model's) convolution sees
     model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
     model.mlp_width = placeholder(int)  # F; None: 4 * width; 0: attention (or what mixes) alone
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
@@ -82,6 +91,13 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # of the initial embeddings and matrices; outputs: / sqrt(2 num_layers)
     model.logit_softcap = 15.0  # cap * tanh(logits / cap); 0: none
     model.dropout_rate = 0.0
+    # Of translation:
+    model.encoder_mixer = "attention"  # transformer: as model.mixer, which is the decoder's
+    model.cell = "lstm"  # recurrent: lstm | gru
+    model.bidirectional = True  # recurrent: half of the encoder's width reads backwards
+    model.attention = "bahdanau"  # recurrent: none | luong | bahdanau
+    model.score = "general"  # luong: dot | general | concat
+    model.input_feeding = False  # luong: the cell also reads what the last step found
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "muon"  # adamw | muon (matrices by Muon, the rest by AdamW)

@@ -1,6 +1,7 @@
-"""Text from a trained run of a causal model.
+"""Text from a trained run of a causal model, or the translation of a sentence.
 
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
+python -m experiments.generate --workdir=runs/translate --prompt="two hundred and thirty-four"
 """
 
 import sys
@@ -10,11 +11,11 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, setup
-from experiments.tasks import TextTask
+from experiments.tasks import TextTask, Translation
 from qkv_jax import inference
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to sample from")
-PROMPT = flags.DEFINE_string("prompt", "\n", "the text to continue")
+PROMPT = flags.DEFINE_string("prompt", "\n", "the text to continue, or to translate")
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "tokens to add", lower_bound=1)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of the prompt", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; > 0")
@@ -23,12 +24,16 @@ TOP_P = flags.DEFINE_float("top_p", None, "keep the likeliest tokens that reach 
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
 )
+SAMPLING = (NUM_TOKENS, NUM_SAMPLES, TEMPERATURE, TOP_K, TOP_P, SEED)
 
 
 def main(_) -> None:
     with cli.one_sentence():
         trained = setup.load_run(WORKDIR.value)
         task = trained.task
+        if isinstance(task, Translation):
+            print(translation(task, trained))
+            return
         if not (isinstance(task, TextTask) and task.continues_text):
             raise ValueError(
                 f"workdir: {WORKDIR.value} holds a model that predicts {task.unit}s and cannot "
@@ -52,6 +57,20 @@ def main(_) -> None:
         if i:
             print("-" * 80)
         print(PROMPT.value + task.tokenizer.decode(row))
+
+
+def translation(task: Translation, trained: setup.TrainedRun) -> str:
+    """The prompt's translation: the likeliest token each time.
+
+    Raises:
+      ValueError: a flag about drawing tokens was set, or the prompt cannot be translated.
+    """
+    for flag in SAMPLING:
+        if flag.present:
+            raise ValueError(
+                f"{flag.name}: was set, but a translation takes the likeliest token each time"
+            )
+    return task.translate(trained.graphdef, trained.params, PROMPT.value)
 
 
 if __name__ == "__main__":

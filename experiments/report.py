@@ -13,7 +13,6 @@ from flax import nnx
 from experiments.setup import TrainConfig
 from experiments.tasks import Task
 from qkv_jax import nn, viz
-from qkv_jax.models import attention_maps
 from qkv_jax.training.run_directory import RunDirectory, write_text_atomic
 from qkv_jax.training.writers import read_metrics
 
@@ -74,21 +73,16 @@ def draw_figures(
     params: nn.Params,
     rows: list[dict[str, Any]],
 ) -> list[str]:
-    """Draws the loss curve and one attention map per head; returns Markdown that shows them."""
+    """Draws the loss curve and the attention; returns Markdown that shows them."""
     curve = viz.loss_curve(rows, floors=task.floors(), title=f"{task.settings.name}: loss")
     viz.save_figure(curve, run.figures / "loss.png")
     shown = ["![Loss](figures/loss.png)"]
-    example = task.example()
-    if example is None:
-        return shown
     try:
-        stack = task.stack(nn.merge(graphdef, params))
-        maps = np.asarray(attention_maps(stack, example.tokens[None])[:, 0])
+        pictures = task.attention_figures(nn.merge(graphdef, params))
     except NotImplementedError as error:  # a mixer without attention weights
         return [*shown, f"There are no pictures of attention ({error})."]
-    for layer, weights in enumerate(maps, start=1):
-        title, name = f"Attention of layer {layer}", f"attention_layer_{layer}.png"
-        figure = viz.heads_figure(weights, example.labels, title=title)
+    for title, figure in pictures.items():
+        name = title.lower().replace(" of ", " ").replace(" ", "_") + ".png"
         viz.save_figure(figure, run.figures / name)
         shown.append(f"![{title}](figures/{name})")
     return shown
@@ -115,26 +109,19 @@ def peak_memory() -> int | None:
 
 
 def state_size(task: Task, graphdef: nnx.GraphDef, params: nn.Params) -> int | None:
-    """The numbers that the model keeps of a full context to decode one more token."""
-    model = nn.merge(graphdef, params)
-    if not hasattr(model, "state_size"):
-        return None
+    """The numbers that the model keeps of a full context to decode one more token, if known."""
     try:
-        return model.state_size(task.settings.data.context)
+        return task.state_size(nn.merge(graphdef, params))
     except NotImplementedError:
         return None
 
 
 def _heading(task: Task, result: dict[str, Any]) -> list[str]:
-    settings = task.settings
-    steps, rows = result["steps"], settings.windows["batch_size"]
-    tokens = steps * rows * settings.data.context
     return [
-        f"# {settings.name}",
+        f"# {task.settings.name}",
         "",
-        f"{task.kind} of {result['parameters']:,} parameters, {steps:,} steps of {rows} windows of "
-        f"{settings.data.context} tokens ({tokens:,} tokens) in {result['seconds']:.0f} s, "
-        "compiling and evaluating included.",
+        f"{task.kind} of {result['parameters']:,} parameters, {task.trained_on(result['steps'])} "
+        f"in {result['seconds']:.0f} s, compiling and evaluating included.",
     ]
 
 

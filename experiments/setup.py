@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from configs import char_lm
 from experiments.tasks import TASKS, Task
 from qkv_jax import nn
-from qkv_jax.models.config import TransformerConfig
 from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
 from qkv_jax.training.run_directory import (
     RunDirectory,
@@ -25,7 +24,7 @@ from qkv_jax.training.run_directory import (
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What text, in what tokens. `configs/char_lm.py` explains the fields."""
+    """What is learnt from, in what tokens. `configs/char_lm.py` explains the fields."""
 
     corpus: str
     path: str | None
@@ -43,15 +42,24 @@ class DataConfig:
     max_depth: int
     max_args: int
     num_documents: int
+    pairs: str
+    num_examples: int
+    target_path: str | None
+    test_path: str | None
+    test_target_path: str | None
+    bleu_tokenizer: str
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "num_pairs", "min_length", "max_depth", "max_args",
-                     "num_documents"):  # fmt: skip
+                     "num_documents", "num_examples"):  # fmt: skip
             check(f"data.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         longer = all(isinstance(factor, int) and factor > 1 for factor in self.longer)
         check("data.longer", self.longer, longer, "integers > 1")
         fraction = self.validation_fraction
         check("data.validation_fraction", fraction, 0 < fraction < 1, "a number in (0, 1)")
+        tokenizers = ("13a", "intl", "char", "zh", "none")
+        check("data.bleu_tokenizer", self.bleu_tokenizer, self.bleu_tokenizer in tokenizers,
+              f"one of {list(tokenizers)}")  # fmt: skip
         check("data.mask_rate", self.mask_rate, 0 < self.mask_rate < 1, "a number in (0, 1)")
 
 
@@ -108,16 +116,22 @@ class Settings:
             "context": self.data.context,
         }
 
-    def model_config(self, vocab_size: int) -> TransformerConfig:
-        """The model's config for so many ids."""
-        return self.task.config(
-            vocab_size=vocab_size,
-            context=self.data.context,
-            dtype=self.train.compute_dtype,
-            remat=self.train.remat,
+    def model_config(self, vocab_size: int) -> Any:
+        """The model's config for so many ids: of all fields, those that this model has."""
+        config, _ = self.model_classes
+        values = self.model | {
+            "vocab_size": vocab_size,
+            "context": self.data.context,
+            "dtype": self.train.compute_dtype,
+            "remat": self.train.remat,
             **self.task.sizes_of_model(self.data),
-            **self.model,
-        )
+        }
+        return config(**{name: values[name] for name in _fields(config) if name in values})
+
+    @property
+    def model_classes(self) -> tuple[type, type[nnx.Module]]:
+        """The model's config, and the model."""
+        return self.task.models()[self.model["kind"]]
 
 
 def check(name: str, value: Any, right: bool, wanted: str) -> None:
@@ -153,6 +167,7 @@ def resolve(config: ConfigDict) -> Settings:
         optimizer=OptimizerConfig(**values["optimizer"]),
         train=TrainConfig(**values["train"]),
     )
+    _check_model(settings)
     settings.model_config(vocab_size=1)  # its checks do not depend on the vocabulary
     return settings
 
@@ -169,10 +184,33 @@ def _check_read(task: str, values: dict[str, Any]) -> None:
             )
 
 
+def _check_model(settings: Settings) -> None:
+    """Checks the kind of model, and that no field was set which only other models read."""
+    known, kind = settings.task.models(), settings.model["kind"]
+    check("model.kind", kind, kind in known, f"one of {sorted(known)}")
+    read = _fields(settings.model_classes[0])
+    defaults = char_lm.get_config().model
+    for name, value in settings.model.items():
+        if name != "kind" and name not in read and value != defaults[name]:
+            raise ValueError(
+                f"config.model.{name}: {value!r} was set, but config.model.kind = {kind!r} of this "
+                "task does not read it"
+            )
+    if settings.train.remat and "remat" not in read:
+        raise ValueError(
+            f"config.train.remat: True was set, but config.model.kind = {kind!r} does not read it"
+        )
+
+
+def _fields(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:
     """The structure and the initial parameters, a function of the seed, of the task's model."""
     config = settings.model_config(vocab_size)
-    return nn.split(settings.task.model(config, rngs=nnx.Rngs(settings.seed)))
+    _, model = settings.model_classes
+    return nn.split(model(config, rngs=nnx.Rngs(settings.seed)))
 
 
 def abstract_state(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,44 +56,55 @@ def keep_text(run: RunDirectory, text: Text) -> None:
     Raises:
       ValueError: the run was trained on another text, or with another tokenizer.
     """
-    tokens, vocab_size = len(text.train) + len(text.validation), text.tokenizer.vocab_size
-    if not keep_corpus(run, text.corpus, tokens=tokens, vocab_size=vocab_size):
-        write_text_atomic(run.tokenizer, text.tokenizer.to_json())
-    elif data.Tokenizer.load(run.tokenizer).to_json() != text.tokenizer.to_json():
-        raise ValueError(
-            f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
-            "differs from the one built now); choose another --workdir"
-        )
+    now = about(text.corpus) | {
+        "tokens": len(text.train) + len(text.validation),
+        "vocab_size": text.tokenizer.vocab_size,
+    }
+    keep_corpus(run, now, text.tokenizer, what="text")
 
 
-def keep_corpus(run: RunDirectory, corpus: data.Corpus, **more: int) -> bool:
-    """Writes what identifies the corpus, or checks it against what stands there.
-
-    Returns:
-      Whether it stood there.
-
-    Raises:
-      ValueError: the run was trained on another text.
-    """
-    path = run.path / "corpus.json"
-    now = {
+def about(corpus: data.Corpus) -> dict[str, Any]:
+    """What identifies a corpus."""
+    return {
         "name": corpus.name,
         "source": corpus.source,
         "sha256": corpus.sha256,
         "characters": len(corpus.text),
-        **more,
     }
-    if not path.exists():
-        write_text_atomic(path, json.dumps(now, indent=2) + "\n")
-        return False
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if before["sha256"] != now["sha256"]:
-        raise ValueError(
-            f"workdir {run.path} holds a run on another text ({before['source']}, sha256 "
-            f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
-            "another --workdir"
-        )
-    return True
+
+
+def keep_corpus(
+    run: RunDirectory, now: dict[str, Any], tokenizer: data.Tokenizer | None = None, *, what: str
+) -> None:
+    """Writes what identifies a corpus, and its tokenizer, or checks them against those there.
+
+    Args:
+      run: where to.
+      now: of the corpus; `source` says what it is, `sha256` identifies it.
+      tokenizer: made for it; None: it is read in bytes.
+      what: the corpus is, in an error.
+
+    Raises:
+      ValueError: the run was trained on another corpus, or with another tokenizer.
+    """
+    path = run.path / "corpus.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if before["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"workdir {run.path} holds a run on another {what} ({before['source']}, sha256 "
+                f"{before['sha256'][:12]}; now {now['source']}, {now['sha256'][:12]}); choose "
+                "another --workdir"
+            )
+        if tokenizer and data.Tokenizer.load(run.tokenizer).to_json() != tokenizer.to_json():
+            raise ValueError(
+                f"workdir {run.path} holds a run with another tokenizer ({run.tokenizer.name} "
+                "differs from the one built now); choose another --workdir"
+            )
+        return
+    if tokenizer:
+        write_text_atomic(run.tokenizer, tokenizer.to_json())
+    write_text_atomic(path, json.dumps(now, indent=2) + "\n")

@@ -12,6 +12,7 @@ from experiments.tasks.senses import Senses
 from experiments.tasks.spans import Spans
 from experiments.tasks.task import Example, Task
 from experiments.tasks.text import CausalLM, TextTask
+from experiments.tasks.translation import Translation
 
 TASKS: dict[str, type[Task]] = {
     "causal_lm": CausalLM,
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
     "digits": Digits,
     "senses": Senses,
     "spans": Spans,
+    "translation": Translation,
 }
 
 __all__ = [
@@ -40,4 +42,5 @@ __all__ = [
     "Spans",
     "Task",
     "TextTask",
+    "Translation",
 ]

@@ -13,7 +13,7 @@ from flax import nnx
 
 from experiments.tasks.drawn import DrawnTask
 from experiments.tasks.task import Example
-from experiments.text import keep_corpus
+from experiments.text import about, keep_corpus
 from qkv_jax import data, nn
 from qkv_jax.data.batches import Batch
 from qkv_jax.data.digits import NUM_IDS as DIGIT_IDS
@@ -190,7 +190,7 @@ class Passages(Classification):
         return f"bytes of documents of {self.corpus.source}"
 
     def keep(self, run: RunDirectory) -> None:
-        keep_corpus(run, self.corpus)
+        keep_corpus(run, about(self.corpus), what="text")
 
     def label(self, token: int) -> str:
         return chr(token) if 32 <= token < 127 else "." if token < 256 else "CLS"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from flax import nnx
 
-from qkv_jax import nn, training
+from qkv_jax import nn, training, viz
 from qkv_jax.data.batches import Batch
+from qkv_jax.models import attention_maps
 from qkv_jax.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from experiments.setup import DataConfig, Settings
 
 
@@ -40,6 +43,8 @@ class Task(abc.ABC):
 
     config: ClassVar[type]  # of the model
     model: ClassVar[type[nnx.Module]]  # (config, rngs=...)
+    # What config.model.kind may name beside "transformer", which is the two above.
+    other_models: ClassVar[Mapping[str, tuple[type, type[nnx.Module]]]] = {}
     reads: ClassVar[tuple[str, ...]]  # the fields of config.data that it reads, beside `context`
     unit: ClassVar[str]  # what a loss is the mean over
     kind: ClassVar[str]  # of model, in words
@@ -51,6 +56,11 @@ class Task(abc.ABC):
 
     def __init__(self, settings: Settings):
         self.settings = settings
+
+    @classmethod
+    def models(cls) -> dict[str, tuple[type, type[nnx.Module]]]:
+        """config.model.kind -> the model's config and the model."""
+        return {"transformer": (cls.config, cls.model), **cls.other_models}
 
     @classmethod
     def of_run(cls, settings: Settings, run: RunDirectory) -> Self:
@@ -70,6 +80,14 @@ class Task(abc.ABC):
         """The fields of the model's config that the data decide, beside ids and context."""
         del config
         return {}
+
+    def trained_on(self, steps: int) -> str:
+        """How much that many steps see, in words."""
+        number, context = self.settings.windows["batch_size"], self.settings.data.context
+        return (
+            f"{steps:,} steps of {number} windows of {context} tokens "
+            f"({steps * number * context:,} tokens)"
+        )
 
     # --- While training ---
 
@@ -120,6 +138,32 @@ class Task(abc.ABC):
     def stack(self, model: nnx.Module) -> nnx.Module:
         """The part of the model that `attention_maps` looks at."""
         return model
+
+    def attention_figures(self, model: nnx.Module) -> dict[str, Figure]:
+        """Pictures of the attention, by their titles: by default, of each layer's to the example.
+
+        Raises:
+          NotImplementedError: the model has no attention weights.
+        """
+        example = self.example()
+        if example is None:
+            return {}
+        maps = np.asarray(attention_maps(self.stack(model), example.tokens[None])[:, 0])
+        titles = [f"Attention of layer {layer}" for layer in range(1, len(maps) + 1)]
+        return {
+            title: viz.heads_figure(weights, example.labels, title=title)
+            for title, weights in zip(titles, maps, strict=True)
+        }
+
+    def state_size(self, model: nnx.Module) -> int:
+        """The numbers that the model keeps of a full context to decode one more token.
+
+        Raises:
+          NotImplementedError: the model does not say, or cannot decode.
+        """
+        if not hasattr(model, "state_size"):
+            raise NotImplementedError(f"{type(model).__name__} does not say its state's size")
+        return model.state_size(self.settings.data.context)
 
     @abc.abstractmethod
     def about_data(self) -> list[str]:
