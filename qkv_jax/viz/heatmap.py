@@ -72,6 +72,7 @@ def heads_figure(
     tokens: Sequence[str] | None = None,
     *,
     key_tokens: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     title: str | None = None,
     num_columns: int | None = None,
 ) -> Figure:
@@ -81,6 +82,7 @@ def heads_figure(
         weights: [N, T, S], not negative.
         tokens: T labels for the queries.
         key_tokens: S labels for the keys; `tokens`, if T == S and none are given.
+        names: of the N maps, if they are not heads.
         title: above the grid.
         num_columns: maps in a row of the grid; chosen by N if not given.
 
@@ -92,6 +94,9 @@ def heads_figure(
     """
     weights = _weights(weights, "[N, T, S]")
     num_heads = len(weights)
+    names = [f"head {head}" for head in range(num_heads)] if names is None else names
+    if len(names) != num_heads:
+        raise ValueError(f"names: {num_heads} wanted, for shape {weights.shape}; got {len(names)}")
     query_tokens, key_tokens = _labels(weights.shape[1:], tokens, key_tokens)
     columns = min(num_heads, num_columns or _grid_columns(num_heads))
     rows = math.ceil(num_heads / columns)
@@ -111,7 +116,7 @@ def heads_figure(
         left, bottom = head % columns == 0, head + columns >= num_heads
         image = _draw_map(ax, weights[head], query_tokens, key_tokens, norm, size)
         ax.tick_params(labelleft=left, labelbottom=bottom)
-        ax.set_title(f"head {head}")
+        ax.set_title(names[head])
         ax.set_ylabel("query" if left else "")
         ax.set_xlabel("key" if bottom else "")
     fig.suptitle(title or "", fontsize=11)

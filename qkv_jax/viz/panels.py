@@ -26,6 +26,7 @@ class Panel:
         x_label: under the axes.
         levels: name -> y of a horizontal line, for what does not depend on x.
         marks: name -> x of a vertical line, for what happens there.
+        ticks: x -> what is written there, where x only counts.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Panel:
     x_label: str
     levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
     marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ticks: Mapping[float, str] = dataclasses.field(default_factory=dict)
 
 
 @style.house_style()
@@ -111,6 +113,8 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
         )  # fmt: skip
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
+    if panel.ticks:
+        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
     if log_base is not None:
         ax.set_xscale("log", base=log_base)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")

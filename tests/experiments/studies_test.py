@@ -57,8 +57,11 @@ def test_a_run_of_every_study_trains_and_leaves_its_result(scripts, name, tmp_pa
         "base.train.steps_per_dispatch": 1, "base.train.log_every": 1,
         "base.train.batch_size": 2, "base.train.sample_tokens": 3,
     }  # fmt: skip
-    if "corpus" in TASKS[study_of(name, tmp_path).runs[0].config.task].reads:  # a shorter text
+    reads = TASKS[study_of(name, tmp_path).runs[0].config.task].reads
+    if "corpus" in reads:  # a shorter text
         few |= {"base.data.corpus": "text_file", "base.data.path": str(scripts.corpus)}
+    if "num_examples" in reads:
+        few |= {"base.data.num_examples": 40}
     run = study_of(name, tmp_path, **few).runs[0]
     said = []
     assert study_training.train([run], jobs=1, say=said.append) == {}
@@ -236,6 +239,55 @@ def answered(attention, others):
     return of_run
 
 
+def translated(plain=lambda top: 1 - top / 50, luong=0.9, transformer=1.0, bleu=False):
+    """Results of `configs/translate.py`: exact matches by the top of each group of lengths."""
+
+    def of_run(run):
+        name = run.name.partition(": ")[2]
+        rest = {"Luong": luong, "Transformer": transformer}
+        by_length = plain if name == "no attention" else lambda top: rest.get(name, 0.95)
+        result, tops = result_of(run), (10, 20, 30, 40)
+        for kind, factor in [("exact_match", 1)] + [("bleu", 100)] * bleu:
+            found = {f"{kind}_{top}": factor * by_length(top) for top in tops}
+            result.scores.update(found, **{kind: sum(found.values()) / 4})
+        return result
+
+    return of_run
+
+
+@pytest.mark.parametrize(
+    "of_run, failed",
+    [
+        (translated(), ""),
+        (translated(transformer=0.945), ""),  # so little is a tie
+        (translated(transformer=0.9), "the ladder's order"),
+        (translated(luong=0.5), "attention's lead"),
+        (translated(plain=lambda top: 0.5), "that it is the greater the longer the source"),
+        (translated(bleu=True), ""),
+    ],
+)
+def test_translations_are_judged_by_lead_length_and_ladder(tmp_path, of_run, failed):
+    _, _, findings = judged("translate", tmp_path, of_run)
+    assert findings.holds == (not failed), findings.margin
+    assert ("Not as claimed" in findings.margin) == bool(failed)
+    assert not failed or f"Not as claimed: {failed}." in findings.margin, findings.margin
+    assert "no attention 0.500, Luong" in findings.ours
+    assert set(findings.figures) == {"length", "ladder"} == set(findings.captions)
+
+
+@pytest.mark.slow
+def test_the_alignments_of_runs_that_are_there_are_drawn(scripts, tmp_path):
+    few = {
+        "base.data.num_examples": 40, "base.train.num_steps": 1, "base.train.eval_batches": 1,
+        "base.train.steps_per_dispatch": 1, "base.train.batch_size": 2, "base.model.width": 8,
+    }  # fmt: skip
+    study = study_of("translate", tmp_path, **few)
+    bahdanau = next(run for run in study.runs if run.name.endswith("Bahdanau"))
+    assert study_training.train([bahdanau], jobs=1, say=lambda _: None) == {}
+    findings = STUDIES["translate"](by_run(map(translated(), study.runs)))
+    assert findings.figures["alignment"].axes[0].get_title() == "Bahdanau"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "of_run, holds, words",
@@ -377,6 +429,7 @@ def test_what_is_approximated_is_what_a_trained_run_attends_to(scripts, tmp_path
     ("heads", by_size(valley, falling, falling)),
     ("positions", extrapolated()),
     ("lm", modelled()),
+    ("translate", translated()),
 ])  # fmt: skip
 def test_a_report_says_claim_verdict_figures_and_every_run(tmp_path, name, of_run):
     study, lines, findings = judged(name, tmp_path, of_run)

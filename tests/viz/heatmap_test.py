@@ -105,3 +105,10 @@ def test_tokens_too_many_to_read_are_counted_instead(tmp_path):
 def test_bad_input_is_a_value_error_that_says_what_was_wanted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_maps_that_are_no_heads_have_names():
+    fig = viz.heads_figure(np.ones((2, 3, 5)), names=["one", "other"])
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["one", "other"]
+    with pytest.raises(ValueError, match=r"names: 2 wanted, for shape \(2, 3, 5\); got 1"):
+        viz.heads_figure(np.ones((2, 3, 5)), names=["one"])

@@ -41,3 +41,10 @@ def test_a_line_of_many_points_has_no_markers_and_marks_stand_at_their_place():
     assert ax.xaxis.get_major_formatter()(1000, 0) == "1,000"  # no mathematics is parsed
     assert [text.get_text() for text in ax.texts] == ["here"]
     assert any(line.get_xdata()[0] == line.get_xdata()[-1] == 10 for line in ax.lines)
+
+
+def test_where_x_only_counts_its_ticks_are_words():
+    fig = viz.lines_figure(
+        [Panel("a", {"x": [(0, 1), (1, 2)]}, "", ticks={0: "first", 1: "second"})], y_label="y"
+    )
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["first", "second"]
