@@ -8,38 +8,16 @@ name in `NAMES`.
 import importlib
 from collections.abc import Callable, Sequence
 
-from experiments.studies import (
-    distance,
-    grokking,
-    heads,
-    induction,
-    lm,
-    positions,
-    projections,
-    recall,
-    scale,
-    translate,
-)
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
 NAMES = (
-    "recall", "distance", "senses", "projections", "heads", "scale", "positions",
-    "sinks", "long_range", "approximation", "long_documents", "induction", "grokking", "lm",
-    "tokens",
+    "recall", "distance", "translate", "senses", "projections", "heads", "scale",
+    "positions", "sinks", "long_range", "approximation", "long_documents", "induction", "grokking",
+    "lm", "tokens",
 )  # fmt: skip
 # name -> what a study's results, one line for each run, say of its claim
 STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
     name: importlib.import_module(f"{__name__}.{name}").judge for name in NAMES
-    "recall": recall.judge,
-    "distance": distance.judge,
-    "projections": projections.judge,
-    "heads": heads.judge,
-    "positions": positions.judge,
-    "lm": lm.judge,
-    "scale": scale.judge,
-    "induction": induction.judge,
-    "grokking": grokking.judge,
-    "translate": translate.judge,
 }
 
 
