@@ -51,6 +51,20 @@ class Measured:
     kernel: Mapping[str, Mapping[float, float]]
     ranks: Mapping[str, Mapping[int, float]]
 
+    def rows(self) -> list[dict[str, float | str]]:
+        """Every number: what was estimated, how, at what number, angle or rank, and the error."""
+        found = {
+            **{f"attention, {name}": of_kind for name, of_kind in self.features.items()},
+            "exp(q . k), root of the squared error": self.kernel,
+            f"attention, {TRAINED}, low rank": self.ranks,
+        }
+        return [
+            {"what": what, "by": kind, "at": at, "relative_error": error}
+            for what, kinds in found.items()
+            for kind, errors in kinds.items()
+            for at, error in errors.items()
+        ]
+
 
 def judge(lines: Sequence[Line]) -> Findings:
     """Measures the estimates, and finds whether all is as claimed."""
@@ -147,6 +161,7 @@ def find(lines: Sequence[Line], measured: Measured) -> Findings:
             "patterns": _patterns_figure(kinds),
         },
         captions=CAPTIONS,
+        tables={"errors": measured.rows()},
     )
 
 

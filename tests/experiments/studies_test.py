@@ -392,6 +392,9 @@ def test_approximations_are_judged_part_by_part(tmp_path, measured, of_run, fail
     assert findings.holds == (not failed)
     assert (f"Not as claimed: {failed}." if failed else "alone.") in findings.margin
     assert set(findings.figures) == set(findings.captions)
+    rows = findings.tables["errors"]
+    assert len(rows) == 4 * len(approximation.COUNTS) + 4 + 2
+    assert rows[-1]["by"] == "Nystrom" and rows[-1]["at"] == 8
 
 
 def test_estimates_err_less_with_features_and_rank_and_by_kind_with_the_kernel():
