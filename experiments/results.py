@@ -3,6 +3,7 @@
 python -m experiments.results
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def main(_) -> None:
 
 
 def with_table(readme: str, results: Path) -> str:
-    """The README with a row for each study that has a report in the folder."""
+    """The README with a row for each study, from its report in the folder where it has one."""
     before, _, rest = readme.partition(START)
     _, _, after = rest.partition(END)
     lines = [START, line(["study", "claim", "ours", "published", "verdict"]), "|---" * 5 + "|"]
@@ -33,10 +34,12 @@ def with_table(readme: str, results: Path) -> str:
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             link = f"[`{name}`]({results.name}/{name}/{REPORT})"
-            published = f"{found['published']} ({found['source']})"
-            lines.append(
-                line([link, found["claim"], found["ours"], published, f"**{found['verdict']}**"])
-            )
+            ours, verdict = found["ours"], f"**{found['verdict']}**"
+        else:
+            found = importlib.import_module(f"configs.{name}").get_config("small")
+            link, ours, verdict = f"`{name}`", "not run yet", ""
+        published = f"{found['published']} ({found['source']})"
+        lines.append(line([link, found["claim"], ours, published, verdict]))
     return "".join([before, "\n".join(lines), "\n", END, after])
 
 

@@ -44,5 +44,6 @@ def test_a_row_of_a_study_says_claim_figures_and_verdict(tmp_path):
     (tmp_path / "results" / name / RECORD).write_text(json.dumps(record))
     text = with_table(f"before\n{START}\nold\n{END}\nafter", tmp_path / "results")
     row = f"| [`{name}`](results/{name}/report.md) | C | 1 | 2 (S) | **holds** |"
-    before, start, _, _, found, end, after = text.splitlines()
+    before, start, _, _, found, *others, end, after = text.splitlines()
     assert (before, start, found, end, after) == ("before", START, row, END, "after")
+    assert len(others) == len(STUDIES) - 1 and all(" | not run yet | " in row for row in others)
