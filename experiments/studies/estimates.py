@@ -21,7 +21,7 @@ def relative(estimate: jax.Array, exact: jax.Array) -> jax.Array:
     return jnp.sum((estimate - exact) ** 2) / jnp.sum(exact**2)
 
 
-def gaussian(length: int, dim: int, *, deviation: float = 0.33, seed: int = 0) -> QKV:
+def gaussian(length: int, dim: int, *, deviation: float = 1 / 3, seed: int = 0) -> QKV:
     """Queries, keys and values of independent N(0, deviation^2), each [1, length, 1, dim].
 
     The fewest features for which the error falls as 1 / m grow as exp(|q + k|^2 / sqrt(dim)).
