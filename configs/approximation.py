@@ -53,6 +53,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config.differences = (
             "characters, 128 at a time, instead of words, 512", "2 layers of width 64 instead of "
             "BERT base", "blocks of 8 (digits: 4), of which 2 are drawn",
+            "random blocks beside a window are added to it, so that the two see more together",
         )  # fmt: skip
         base.model.update(width=64, num_heads=2, mlp_width=128)
         base.data.context = 128
@@ -63,6 +64,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config.differences = (
             "characters instead of words", "8 layers of width 512 instead of BERT base",
             "blocks of 32 (digits: 4), of which 2 are drawn",
+            "random blocks beside a window are added to it, so that the two see more together",
         )  # fmt: skip
         base.model.update(num_layers=8, width=512, num_heads=8, dropout_rate=0.1)
         base.data.context = 512
