@@ -162,8 +162,12 @@ def _told(depth: dict[str, np.ndarray], distance: dict[str, dict[int, float]]):
             "words to what decides", chance,
         ),
         Panel(
-            "Peters et al. 2018 (F1)", {"paper: biLM": list(PUBLISHED.items())}, "layer",
-            {"paper: most frequent sense": PUBLISHED_FLOOR},
+            "Peters et al. 2018 (F1)",
+            {
+                "paper: biLM": list(PUBLISHED.items()),
+                "paper: most frequent sense": [(layer, PUBLISHED_FLOOR) for layer in PUBLISHED],
+            },
+            "layer",
         ),
     ]  # fmt: skip
     return viz.lines_figure(
@@ -180,7 +184,8 @@ def _maps(looks: dict[str, Sequence[Look]]):
         layers, heads = maps.shape[:2]
         figures[name] = viz.heads_figure(
             maps.reshape(layers * heads, *maps.shape[2:]), words, num_columns=heads,
-            title="Whom each word attends to, a row of heads for each layer",
+            title="What each word attends to",
+            names=[f"layer {i + 1}, head {j}" for i in range(layers) for j in range(heads)],
         )  # fmt: skip
     return figures
 

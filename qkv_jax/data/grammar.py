@@ -126,8 +126,9 @@ def ambiguous_sentence(pick: Pick, farthest: int) -> Sentence:
         the river by the old quiet bank near the boat .      川 の 白い はし の 古い 船 が ある 。
         the river by the old quiet shore near the boat .     川 の 白い 橋 の 古い 船 が ある 。
 
-    The nearer one is 1 to `farthest` words away, each as often, the other one no nearer and no
-    farther than `farthest`, on either side. Two in three have the ambiguous word.
+    The nearer one is at most so many words away as is picked of 1 to `farthest`: mostly near, as
+    words that belong together are. The other one, on the other side, is no nearer and no farther
+    than `farthest`. Two in three sentences have the ambiguous word.
     """
     english = pick((True, False))
     senses = ENGLISH_SENSES if english else JAPANESE_SENSES
@@ -137,7 +138,7 @@ def ambiguous_sentence(pick: Pick, farthest: int) -> Sentence:
     cues = senses[word][sense]
     first = pick(cues)
     second = pick([cue for cue in cues if cue != first])
-    near = pick(range(1, farthest + 1))
+    near = pick(range(1, pick(range(1, farthest + 1)) + 1))
     far = pick(range(near, farthest + 1))
     left, right = pick(((near, far), (far, near)))
     head, tail = (("the",), (".",)) if english else ((), ("が", "ある", "。"))

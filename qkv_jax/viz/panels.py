@@ -113,15 +113,15 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
         )  # fmt: skip
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
-    if panel.ticks:
-        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
     if log_base is not None:
         ax.set_xscale("log", base=log_base)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
-        ticks = sorted({x for points in panel.lines.values() for x, *_ in points})
-        if 0 < len(ticks) <= 6:
-            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            ax.minorticks_off()
+    places = sorted({x for points in panel.lines.values() for x, *_ in points})
+    few = 0 < len(places) <= 6
+    if panel.ticks:
+        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
+    elif few and (log_base is not None or all(float(x).is_integer() for x in places)):
+        ax.set_xticks(places, [f"{x:g}" for x in places])
+        ax.minorticks_off()
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     ax.grid(axis="y", color=style.HAIRLINE, linewidth=0.7)

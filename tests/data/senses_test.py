@@ -46,7 +46,7 @@ def test_a_batch_is_a_function_of_seed_step_and_stream():
             assert (found != first).any()
 
 
-def test_words_senses_and_distances_are_uniform_and_tell_nothing_of_one_another():
+def test_words_and_senses_are_uniform_and_with_distances_tell_nothing_of_one_another():
     batch = data.sentences(seed=0, step=0, batch_size=6000, context=18)
     is_one = batch["senses"] >= 0
     np.testing.assert_allclose(is_one.mean(), 0.5, atol=0.02)
@@ -55,7 +55,8 @@ def test_words_senses_and_distances_are_uniform_and_tell_nothing_of_one_another(
         share = (batch["senses"][is_one] == sense).mean()
         np.testing.assert_allclose(share, 1 / 6 / words.count(word), atol=0.015)
     distances = batch["distances"][is_one]
-    np.testing.assert_allclose(np.bincount(distances)[1:] / len(distances), 1 / 7, atol=0.02)
+    shares = [sum(1 / most for most in range(d, 8)) / 7 for d in range(1, 8)]
+    np.testing.assert_allclose(np.bincount(distances)[1:] / len(distances), shares, atol=0.02)
     shore, lender = (batch["senses"] == SENSE_NAMES.index(("bank", n)) for n in ("shore", "lender"))
     for name in ("lengths", "places", "distances"):
         np.testing.assert_allclose(batch[name][shore].mean(), batch[name][lender].mean(), atol=0.6)

@@ -24,6 +24,15 @@ def test_points_are_drawn_in_order_and_a_name_has_one_colour():
     assert [text.get_text() for text in right.texts] == ["chance"]
 
 
+@pytest.mark.parametrize(
+    "xs, log_x, ticks", [((2, 8), True, ["2", "8"]), ((0, 1, 2), False, ["0", "1", "2"])]
+)
+def test_a_few_values_of_x_have_a_tick_each(xs, log_x, ticks):
+    panel = Panel("a", {"ours": [(x, 0.5) for x in xs]}, "x")
+    (ax,) = viz.lines_figure([panel], y_label="y", log_x=log_x).axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ticks
+
+
 @pytest.mark.parametrize("panels", [[], [Panel("empty", {}, "x")]])
 def test_nothing_to_draw_is_refused(panels):
     with pytest.raises(ValueError, match="panels: wanted at least one, each with a line or a mark"):
