@@ -51,7 +51,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config.minutes = 20
         base.model.update(num_layers=2, width=64)
         base.data.context = 16
-        base.train.update(num_steps=2000, batch_size=64, eval_every=500, eval_batches=16)
+        base.train.update(num_steps=2000, batch_size=128, eval_every=500, eval_batches=8)
         context = 32
     else:
         config.minutes = 30
