@@ -115,6 +115,7 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     ax.set_xlabel(panel.x_label)
     if log_base is not None:
         ax.set_xscale("log", base=log_base)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
     places = sorted({x for points in panel.lines.values() for x, *_ in points})
     few = 0 < len(places) <= 6
     if panel.ticks:

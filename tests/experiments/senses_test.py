@@ -11,7 +11,7 @@ from experiments.studies.senses import CHANCE, Look
 from experiments.tasks.senses import Occurrences, Told
 from qkv_jax.data.grammar import SENSES
 from tests.experiments.runs import TINY, assert_one_sentence, messages
-from tests.experiments.studies_test import judged, result_of, study_of
+from tests.experiments.studies import judged, result_of, study_of
 
 OWN = ("data.corpus", "data.tokenizer", "data.validation", "data.context", "model.dropout")
 
