@@ -13,6 +13,7 @@ from pathlib import Path
 from experiments.studies.study import Result, Run
 
 ROOT = Path(__file__).parents[2]
+TOLD = 4  # scores in the line that says that a run is done
 
 
 def train(runs: Sequence[Run], *, jobs: int, say: Callable[[str], None] = print) -> dict[str, str]:
@@ -80,5 +81,6 @@ def _train(run: Run, cores: list[int]) -> str | None:
 
 
 def _told(result: Result) -> str:
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
+    shown = list(result.scores.items())[:TOLD]
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in shown)
     return f"{scores} after {result.steps:,} steps, {result.seconds:.0f} s"
