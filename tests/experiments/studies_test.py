@@ -85,7 +85,7 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
 
 def recalled(attention, others):
     def of_run(run):
-        wide, far = run.fields["model.width"] > 32, run.fields["data.context"] // 64
+        wide, far = run.fields["model.width"] > 64, run.fields["data.context"] // 64
         accuracy = attention if run.name.startswith("attention") else others(wide, far)
         return result_of(run, accuracy, state_size=10 * run.fields["model.width"])
 
@@ -106,7 +106,7 @@ def test_recall_is_judged_by_attention_and_by_how_the_others_fall(tmp_path, of_r
     _, _, findings = judged("recall", tmp_path, of_run)
     assert findings.holds == holds
     assert all(word in findings.margin for word in words), findings.margin
-    assert findings.ours.startswith("N = 64 / 128 / 256 at width 64: attention ")
+    assert findings.ours.startswith("N = 64 / 128 / 256 at width 128: attention ")
 
 
 def losses(**by_name):
