@@ -55,7 +55,7 @@ def judge(lines: Sequence[Line]) -> Findings:
     )
     if exact:
         margin += f" {' and '.join(exact)} recall{'s' * (len(exact) == 1)} all at N = {last} too."
-    at = widths[-1]
+    at = widths[0]
     ours = f"N = {' / '.join(map(str, lengths))} at width {at}: " + ", ".join(
         f"{name} " + " / ".join(f"{table[name, N, at].mean('accuracy'):.2f}" for N in lengths)
         for name in ("attention", *others)

@@ -106,7 +106,7 @@ def test_recall_is_judged_by_attention_and_by_how_the_others_fall(tmp_path, of_r
     _, _, findings = judged("recall", tmp_path, of_run)
     assert findings.holds == holds
     assert all(word in findings.margin for word in words), findings.margin
-    assert findings.ours.startswith("N = 64 / 128 / 256 at width 128: attention ")
+    assert findings.ours.startswith("N = 64 / 128 / 256 at width 64: attention ")
 
 
 def losses(**by_name):
