@@ -229,16 +229,13 @@ def _weights(look: Look) -> list[str]:
     notes = []
     for name, (words, who, others) in READ.items():
         row = look.maps[name][:, :, words.index(who)]  # [L, N, T]
-        found = [
-            f"{other} "
-            + " / ".join(
-                f"{of[:, place].mean():.2f} ({of[:, place].max():.2f})" for of in row
-            )
-            for other in others
-            for place in [words.index(other)]
-        ]  # fmt: skip
+        found = []
+        for other in others:
+            to = row[..., [word == other for word in words]].sum(-1)  # [L, N]
+            found.append(f"{other} " + " / ".join(f"{of.mean():.2f} ({of.max():.2f})" for of in to))
         notes.append(
             f"In {' '.join(words)}, {who} gives these weights, by layer, the mean over heads and "
-            f"in brackets the largest (evenly it were {1 / len(words):.2f}): {', '.join(found)}."
+            f"in brackets the largest (even weights are {1 / len(words):.2f} a word): "
+            f"{', '.join(found)}."
         )
     return notes

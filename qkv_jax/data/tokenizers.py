@@ -308,6 +308,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """`ids` as an integer array [length]. ValueError for another shape, type or range."""
     ids = np.asarray(ids)
     if ids.size == 0:
         return np.empty(0, np.int32)
