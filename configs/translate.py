@@ -46,7 +46,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.task = "translation"
     base.data.tokenizer = "bpe"
     if size == "small":
-        config.minutes = 25
+        config.minutes = 16
         config.differences = (
             "generated pairs, exact matches instead of BLEU", "10,000 pairs",
             "one layer of GRU, two of the others, 64 wide", "Muon instead of Adam",
@@ -55,7 +55,7 @@ def get_config(size: str = "small") -> ConfigDict:
         base.data.update(vocab_size=384, context=64, validation_fraction=0.05)
         base.model.width = 64
         base.optimizer.update(learning_rate=1e-2, warmup_steps=100)
-        base.train.update(num_steps=800, batch_size=64, eval_every=200, eval_batches=4)
+        base.train.update(num_steps=600, batch_size=64, eval_every=200, eval_batches=4)
         layers, heads = {"convolution": 2, "Transformer": 2}, 2
         corpora = {
             "German numbers": {"data.pairs": "numbers_de"},

@@ -8,7 +8,6 @@ import numpy as np
 from experiments import setup
 from experiments.studies.study import Findings, Line, by_kind
 from qkv_jax import nn, viz
-from qkv_jax.training import CheckpointError
 from qkv_jax.viz import Panel
 
 PLAIN, ATTENTIVE = "no attention", ("Luong", "Bahdanau")
@@ -167,12 +166,15 @@ def _alignment(corpora: Mapping[str, Mapping[str, Line]]) -> dict:
     """The alignments of one pair of the first corpus by all models whose checkpoints are there."""
     maps, names, labels = [], [], None
     for name, line in next(iter(corpora.values())).items():
+        run = line.results[0].run
+        if not run.directory.checkpoints.exists():
+            continue  # only its results are here
+        trained = setup.load_run(str(run.workdir))
+        model = nn.merge(trained.graphdef, trained.params)
         try:
-            trained = setup.load_run(str(line.results[0].run.workdir))
-            model = nn.merge(trained.graphdef, trained.params)
             weights, *labels = trained.task.alignment(model)
-        except (ValueError, CheckpointError, NotImplementedError):
-            continue  # only its results are here, or it has no attention
+        except NotImplementedError:
+            continue  # it does not attend
         maps.append(weights.mean((0, 1)))
         names.append(name)
     if not maps:
