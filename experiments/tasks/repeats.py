@@ -1,6 +1,6 @@
 """Noise that repeats itself, and which heads find out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -30,11 +30,11 @@ class Repeats(GeneratedTask):
         return self._probe(graphdef, list(self.eval_batches()))
 
     def measure(self, graphdef: nnx.GraphDef, params: nn.Params) -> dict[str, float]:
-        batches = [self._batch(step, data.TEST) for step in range(self.settings.train.eval_batches)]
-        return super().measure(graphdef, params) | self._probe(graphdef, batches)(params)
+        probe = self._probe(graphdef, self.test_batches())
+        return super().measure(graphdef, params) | probe(params)
 
     def _probe(
-        self, graphdef: nnx.GraphDef, batches: Iterable[Batch]
+        self, graphdef: nnx.GraphDef, batches: Sequence[Batch]
     ) -> Callable[[nn.Params], dict[str, float]]:
         eval_step = training.make_eval_step(graphdef, self.predict)
         parts = {

@@ -54,8 +54,9 @@ class Spans(GeneratedTask):
         """Also `exact_match`: the share of questions with both start and end right."""
         scores = super().measure(graphdef, params)
         answers = jax.jit(functools.partial(self._answers, graphdef))
-        batches = (self._batch(i, data.TEST) for i in range(self.settings.train.eval_batches))
-        right = [(answers(params, batch) == batch["targets"]).all(-1) for batch in batches]
+        right = [
+            (answers(params, batch) == batch["targets"]).all(-1) for batch in self.test_batches()
+        ]
         return scores | {"exact_match": float(np.mean(right))}
 
     def _answers(self, graphdef: nnx.GraphDef, params: nn.Params, batch: Batch) -> jax.Array:
