@@ -156,9 +156,7 @@ OPS = {
     "local": Op(sparse.Local(3), order="positions"),
     "chunkedlocal": Op(sparse.ChunkedLocal(3), order="positions"),
     "longformer": Op(sparse.Longformer(2), order="positions"),
-    "streaming": Op(
-        streaming.Streaming(3, 2, rotary_base=None), order="positions", refuses=("sinks",)
-    ),
+    "streaming": Op(streaming.Streaming(3, 2), order="positions"),
     "bigbird": Op(sparse.BigBird(2, num_random_blocks=1, length=T), order="positions"),
     "strided": Op(sparse.Strided(3), order="positions"),
     "fixed": Op(sparse.Fixed(3), order="positions"),
