@@ -60,6 +60,8 @@ def test_a_run_of_every_study_trains_and_leaves_its_result(scripts, name, tmp_pa
     reads = TASKS[study_of(name, tmp_path).runs[0].config.task].reads
     if "corpus" in reads:  # a shorter text
         few |= {"base.data.corpus": "text_file", "base.data.path": str(scripts.corpus)}
+    if config_of(name).base.data.context > 256:
+        few |= {"base.data.context": 64}
     if "num_examples" in reads:
         few |= {"base.data.num_examples": 40}
     run = study_of(name, tmp_path, **few).runs[0]
