@@ -3,7 +3,6 @@
 python -m experiments.results
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from absl import app
 
 from experiments.benchmark_table import line
-from experiments.studies import STUDIES
+from experiments.studies import STUDIES, config_of
 from experiments.studies.report import RECORD, REPORT
 from qkv_jax.training.run_directory import write_text_atomic
 
@@ -36,7 +35,7 @@ def with_table(readme: str, results: Path) -> str:
             link = f"[`{name}`]({results.name}/{name}/{REPORT})"
             ours, verdict = found["ours"], f"**{found['verdict']}**"
         else:
-            found = importlib.import_module(f"configs.{name}").get_config("small")
+            found = config_of(name)
             link, ours, verdict = f"`{name}`", "not run yet", ""
         published = f"{found['published']} ({found['source']})"
         lines.append(line([link, found["claim"], ours, published, verdict]))

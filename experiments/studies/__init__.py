@@ -8,6 +8,8 @@ name in `NAMES`.
 import importlib
 from collections.abc import Callable, Sequence
 
+from ml_collections import ConfigDict
+
 from experiments.studies.study import Findings, Line, Result, Run, Study, by_run
 
 NAMES = (
@@ -21,14 +23,29 @@ STUDIES: dict[str, Callable[[Sequence[Line]], Findings]] = {
 }
 
 
+def config_of(name: str, size: str = "small") -> ConfigDict:
+    """The config of a study, in one of its sizes."""
+    return importlib.import_module(f"configs.{name}").get_config(size)
+
+
 def listing() -> str:
     """All studies, with how long each takes and what it is about."""
     lines = ["study           small    full     claim (minutes: two CPU cores | one accelerator)"]
     for name in STUDIES:
-        module = importlib.import_module(f"configs.{name}")
-        small, full = (module.get_config(size) for size in ("small", "full"))
+        small, full = (config_of(name, size) for size in ("small", "full"))
         lines.append(f"{name:14}  {small.minutes:3} min  {full.minutes:3} min  {small.claim}")
     return "\n".join(lines)
 
 
-__all__ = ["NAMES", "STUDIES", "Findings", "Line", "Result", "Run", "Study", "by_run", "listing"]
+__all__ = [
+    "NAMES",
+    "STUDIES",
+    "Findings",
+    "Line",
+    "Result",
+    "Run",
+    "Study",
+    "by_run",
+    "config_of",
+    "listing",
+]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import setup
 from experiments.studies.study import Findings, Line, Run, by_kind
@@ -125,9 +126,8 @@ def gradient_norms(run: Run) -> np.ndarray:
             model.config, model.blocks, x, mask=Causal(), positions=None,
             rngs=[None] * len(model.blocks),
         )  # fmt: skip
-        log_probabilities = jax.nn.log_softmax(model.logits(x)[:, -1])
-        targets = batch["targets"][:, -1:]
-        return -jnp.take_along_axis(log_probabilities, targets, axis=-1).sum()
+        logits, targets = model.logits(x)[:, -1], batch["targets"][:, -1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum()
 
     zero = jnp.zeros((*batch["inputs"].shape, settings.model["width"]))
     gradient = jax.jit(jax.grad(loss))(zero)

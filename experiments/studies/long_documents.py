@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import setup
 from experiments.studies.study import Findings, Line, Run
@@ -64,10 +64,8 @@ def losses_by_position(run: Run) -> np.ndarray:
 
     @jax.jit
     def losses(params: nn.Params, batch: Batch) -> jax.Array:
-        model = nn.merge(trained.graphdef, params)
-        log_probabilities = jax.nn.log_softmax(model(batch["inputs"]))
-        at = batch["targets"][..., None]
-        return -jnp.take_along_axis(log_probabilities, at, axis=-1)[..., 0]
+        logits = nn.merge(trained.graphdef, params)(batch["inputs"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
 
     windows = data.sequential_windows(trained.task.text.validation, batch_size=1, context=context)
     whole = [batch for batch in windows if batch["weights"].all()][:WINDOWS]

@@ -168,7 +168,11 @@ class Copying(GeneratedTask):
         return "|" if token == 0 else str(token)
 
 
+def where(batch: Batch, wanted: np.ndarray) -> Batch:
+    """The batch with those answers alone that are wanted: bool [B, T]."""
+    return batch | {"weights": batch["weights"] * wanted}
+
+
 def _only(batch: Batch, low: int, high: int) -> Batch:
     """The batch with the answers alone that stand more than `low` and at most `high` back."""
-    near = (batch["distances"] > low) & (batch["distances"] <= high)
-    return batch | {"weights": batch["weights"] * near}
+    return where(batch, (batch["distances"] > low) & (batch["distances"] <= high))

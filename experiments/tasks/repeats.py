@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-from experiments.tasks.generated import GeneratedTask
+from experiments.tasks.generated import GeneratedTask, where
 from qkv_jax import data, nn, training
 from qkv_jax.data.batches import Batch
 from qkv_jax.models import attention_maps, prefix_matching, previous_token
@@ -38,8 +38,8 @@ class Repeats(GeneratedTask):
     ) -> Callable[[nn.Params], dict[str, float]]:
         eval_step = training.make_eval_step(graphdef, self.predict)
         parts = {
-            "loss_new": [_where(batch, batch["distances"] == 0) for batch in batches],
-            "loss_repeated": [_where(batch, batch["distances"] > 0) for batch in batches],
+            "loss_new": [where(batch, batch["distances"] == 0) for batch in batches],
+            "loss_repeated": [where(batch, batch["distances"] > 0) for batch in batches],
         }
 
         @jax.jit
@@ -62,7 +62,3 @@ class Repeats(GeneratedTask):
             return scores
 
         return probe
-
-
-def _where(batch: Batch, wanted: jax.Array) -> Batch:
-    return batch | {"weights": batch["weights"] * wanted}

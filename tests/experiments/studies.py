@@ -1,12 +1,6 @@
 """Studies for tests: of any config, with results that were never trained."""
 
-import importlib
-
-from experiments.studies import STUDIES, Result, Study, by_run
-
-
-def config_of(name, size="small"):
-    return importlib.import_module(f"configs.{name}").get_config(size)
+from experiments.studies import STUDIES, Result, Study, by_run, config_of
 
 
 def study_of(name, folder, size="small", **fields):

@@ -14,6 +14,7 @@ from experiments.studies import (
     Study,
     approximation,
     by_run,
+    config_of,
     distance,
     estimates,
     heads,
@@ -25,7 +26,7 @@ from experiments.studies import training as study_training
 from experiments.tasks import TASKS
 from qkv_jax.training.run_directory import read_config
 from tests.experiments.runs import ROOT, assert_one_sentence
-from tests.experiments.studies import config_of, judged, result_of, study_of
+from tests.experiments.studies import judged, result_of, study_of
 
 NAMES = list(STUDIES)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.studies import tokens, training
-from tests.experiments.studies import config_of, judged, result_of, study_of
+from experiments.studies import config_of, tokens, training
+from tests.experiments.studies import judged, result_of, study_of
 
 LENGTHS = {
     "characters": 1.0, "bytes": 1.01, "BPE 1,024": 0.5, "unigram 1,024": 0.49, "BPE 4,096": 0.4,
