@@ -32,28 +32,28 @@ def judge(lines: Sequence[Line]) -> Findings:
         for accuracies in [_by_distance(line)]
     }
     stays = [name for name, fall in falls.items() if fall < 1 - EXACT]
-    margin = (
+    found = (
         f"Attention's lowest accuracy at any distance is {worst:.3f} (wanted: {EXACT}). From near "
         "to far the others lose: "
         + ", ".join(f"{name} {fall:.2f}" for name, fall in falls.items())
         + "."
     )
     if stays:
-        margin += f" {', '.join(stays)} lose{'s' * (len(stays) == 1)} nothing that counts."
+        found += f" {', '.join(stays)} lose{'s' * (len(stays) == 1)} nothing that counts."
     ours = "; ".join(
         f"{task}, accuracy near / far: "
         + ", ".join(
-            f"{name} {found[min(found)]:.2f} / {found[max(found)]:.2f}"
+            f"{name} {near_to_far[0]:.2f} / {near_to_far[-1]:.2f}"
             for name, line in named.items()
-            for found in [_by_distance(line)]
+            for near_to_far in [list(_by_distance(line).values())]
         )
         for task, named in table.items()
     )
     cues = {name: line.results[0].run for name, line in table["cue"].items()}
     return Findings(
-        holds=worst >= EXACT and not stays,
+        parts={"attention's recall": worst >= EXACT, "the others' fall": not stays},
         ours=ours,
-        margin=margin,
+        found=found,
         figures={"accuracy": _accuracy(table), "gradient": _gradients(cues)},
         captions={
             "accuracy": "Claimed: attention's line is flat at the top, the others fall with "

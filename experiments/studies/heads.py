@@ -29,14 +29,18 @@ def judge(
     deeper = depth[min(depth)] - depth[max(depth)]
     noise = sum(line.spread("loss") for line in lines) / len(lines)
     return Findings(
-        holds=inside and min(wider, deeper) > 0,
+        parts={
+            "a valley in the number of heads": inside,
+            "the gain of a wider d_k": wider > 0,
+            "the gain of depth": deeper > 0,
+        },
         ours="nats per character: "
         + "; ".join(
             f"{what} {' / '.join(map(str, losses))}: "
             + " / ".join(f"{loss:.3f}" for loss in losses.values())
             for what, losses in (("heads", heads), ("d_k", dims), ("layers", depth))
         ),
-        margin=(
+        found=(
             f"{best} heads are best: one head costs {heads[min(heads)] - heads[best]:+.3f} nats, "
             f"{max(heads)} cost {heads[max(heads)] - heads[best]:+.3f}. d_k from {min(dims)} to "
             f"{max(dims)} gains {wider:.3f}, {max(depth)} layers instead of {min(depth)} gain "

@@ -23,23 +23,23 @@ def judge(lines: Sequence[Line]) -> Findings:
         name: line.mean("loss") - before.mean("loss")
         for (_, before), (name, line) in itertools.pairwise(recipe.items())
     }
-    failed = [name for name, difference in ahead.items() if difference <= 0]
-    failed += [HYBRID] if hybrid > TIE else []
-    failed += [name for name, difference in steps.items() if difference >= 0]
-    margin = (
+    parts = {
+        **{name: difference > 0 for name, difference in ahead.items()},
+        HYBRID: hybrid <= TIE,
+        **{name: difference < 0 for name, difference in steps.items()},
+    }
+    found = (
         f"Attention reaches {attention:.3f} nats per character; beside it: "
         + ", ".join(f"{name} {difference:+.3f}" for name, difference in ahead.items())
         + f", the hybrid {hybrid:+.3f}. The recipe, step by step: "
         + ", ".join(f"{name} {difference:+.3f}" for name, difference in steps.items())
         + "."
     )
-    if failed:
-        margin += f" Not as claimed: {', '.join(failed)}."
     return Findings(
-        holds=not failed,
+        parts=parts,
         ours="nats per character: "
         + ", ".join(f"{name} {line.mean('loss'):.3f}" for name, line in (mixers | recipe).items()),
-        margin=margin,
+        found=found,
         figures={"loss": _figure(mixers, recipe)},
         captions={
             "loss": "Claimed: attention and the hybrid at the bottom on the left, and a staircase "

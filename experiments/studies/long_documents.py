@@ -31,23 +31,24 @@ def judge(lines: Sequence[Line], look: Callable[[Run], np.ndarray] | None = None
         for name, loss in late.items()
         if name not in ("full", LOCAL)
     }
-    failed = [name for name, share in recovered.items() if share <= 0]
-    margin = (
+    parts = {
+        "full attention's lead": gap > 0,
+        **{name: late[name] < late[LOCAL] for name in recovered},
+    }
+    found = (
         f"In the second half of the windows full attention is {gap:+.3f} nats per token ahead of "
         "the window alone. Of that, "
         + ", ".join(f"{name} recovers {share:.0%}" for name, share in recovered.items())
         + "."
     )
-    if failed and gap > 0:
-        margin += f" Not as claimed: {', '.join(failed)}."
     return Findings(
-        holds=bool(gap > 0 and not failed),
+        parts=parts,
         ours="nats per token, first / second half of the windows: "
         + ", ".join(
             f"{name} {curve[: len(curve) // 2].mean():.3f} / {late[name]:.3f}"
             for name, curve in curves.items()
         ),
-        margin=margin,
+        found=found,
         figures={"position": _figure(curves)},
         captions={
             "position": "Claimed: with full attention the loss goes on falling, with a window "

@@ -29,7 +29,6 @@ def judge(lines: Sequence[Line]) -> Findings:
         name: 1 - line.results[0].state_size / reference.results[0].state_size
         for name, line in named.items()
     }
-    holds = mean(costs[KV]) <= FEW and mean(costs[QK]) > mean(costs[KV])
     told = {
         name: f"{mean(costs[name]):+.1%} ({min(costs[name]):+.1%} to {max(costs[name]):+.1%})"
         for name in named
@@ -40,13 +39,16 @@ def judge(lines: Sequence[Line]) -> Findings:
     }
     published = {KV: [(50, 3.1)], SEPARATE: [(100, 0)]}
     return Findings(
-        holds=holds,
+        parts={
+            "the price of K = V": mean(costs[KV]) <= FEW,
+            "the higher price of Q = K": mean(costs[QK]) > mean(costs[KV]),
+        },
         ours="; ".join(
             f"{name}: {mean(costs[name]):+.1%} perplexity, {saved[name]:.0%} of the cache saved"
             for name in named
             if name != SEPARATE
         ),
-        margin=(
+        found=(
             f"Perplexity of K = V {told[KV]}, of Q = K {told[QK]}, of Q = K = V {told[ALL]} "
             "against separate projections (mean and range over seeds)."
         ),

@@ -55,17 +55,16 @@ def judge(lines: Sequence[Line], look: Callable[[Run], Stream] | None = None) ->
         "with": math.exp(kept["softmax"][most] - near["softmax"]),
         "sink": math.exp(kept["trained sink"][0] - near["trained sink"]),
     }
-    holds = (
-        relative["without"] >= HURTS * relative["with"]
-        and relative["with"] <= RESTORED
-        and relative["sink"] <= RESTORED
-    )
     shares = {
         name: np.mean([stream.first for stream in of], axis=0) for name, of in streams.items()
     }
     largest = max(shares["softmax"])
     return Findings(
-        holds=bool(holds),
+        parts={
+            "the harm without the first tokens": relative["without"] >= HURTS * relative["with"],
+            "the repair by keeping them": relative["with"] <= RESTORED,
+            "the trained sink": relative["sink"] <= RESTORED,
+        },
         ours="perplexity per character: "
         + "; ".join(
             f"{name}: {math.exp(near[name]):.3f} at the training's length, then "
@@ -73,7 +72,7 @@ def judge(lines: Sequence[Line], look: Callable[[Run], Stream] | None = None) ->
             + f", {math.exp(whole[name]):.3f} with all"
             for name in kept
         ),
-        margin=(
+        found=(
             f"Times the perplexity at the training's length: {relative['without']:.3f} without the "
             f"first tokens, {relative['with']:.3f} with {most} of them (wanted: at most {RESTORED} "
             f"and {HURTS} times less), {relative['sink']:.3f} with a trained sink and no first "

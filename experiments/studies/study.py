@@ -102,9 +102,9 @@ class Findings:
     """What a study's results say of its claim.
 
     Args:
-      holds: whether the claim does, here.
+      parts: of the claim, and whether each is as claimed.
       ours: the figures, as short as the published ones.
-      margin: by how much it holds or does not, in a sentence.
+      found: by how much, in a sentence or a few.
       figures: pictures, by file name without suffix, in the order in which to show them.
       captions: what was claimed and found, a sentence each.
       notes: what else is to be said, a paragraph each.
@@ -112,17 +112,31 @@ class Findings:
         value by the name of its column.
     """
 
-    holds: bool
+    parts: Mapping[str, bool]
     ours: str
-    margin: str
+    found: str
     figures: dict[str, Figure]
     captions: dict[str, str]
     notes: Sequence[str] = ()
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
+    def failed(self) -> list[str]:
+        """The parts that are not as claimed."""
+        return [part for part, is_so in self.parts.items() if not is_so]
+
+    @property
+    def holds(self) -> bool:
+        return not self.failed
+
+    @property
     def verdict(self) -> str:
         return "holds" if self.holds else "does not hold here"
+
+    @property
+    def margin(self) -> str:
+        """By how much the claim holds, and in what it does not."""
+        return self.found + (f" Not as claimed: {'; '.join(self.failed)}." if self.failed else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,23 +33,17 @@ def judge(lines: Sequence[Line]) -> Findings:
         for before, name in itertools.pairwise(rungs)
         if score[name] < score[before] - TIE
     ]
-    failed = [
-        what
-        for what, right in (
-            ("attention's lead", min(ahead.values()) > TIE),
-            ("that it is the greater the longer the source", long > short),
-            ("the ladder's order", not below and score[rungs[-1]] > score[PLAIN]),
-        )
-        if not right
-    ]
-    margin = (
+    parts = {
+        "attention's lead": min(ahead.values()) > TIE,
+        "that it is the greater the longer the source": long > short,
+        "the ladder's order": not below and score[rungs[-1]] > score[PLAIN],
+    }
+    found = (
         "Attention is ahead of none by "
         + " and ".join(f"{gap:.3f} ({name})" for name, gap in ahead.items())
         + f"; by {short:.3f} on the shorter half of the lengths, by {long:.3f} on the longer. "
         + (f"On the ladder, {', '.join(below)}." if below else "The ladder is in order.")
     )
-    if failed:
-        margin += f" Not as claimed: {', '.join(failed)}."
     ours = "; ".join(
         f"{corpus}, {_unit(named)}: "
         + ", ".join(f"{name} {_quality(line):.3f}" for name, line in named.items())
@@ -58,9 +52,9 @@ def judge(lines: Sequence[Line]) -> Findings:
     figures = {"length": _lengths(corpora), "ladder": _ladder(corpora, rungs)}
     figures |= _alignment(corpora)
     return Findings(
-        holds=not failed,
+        parts=parts,
         ours=ours,
-        margin=margin,
+        found=found,
         figures=figures,
         captions={name: CAPTIONS[name] for name in figures},
         notes=[

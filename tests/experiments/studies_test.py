@@ -191,7 +191,7 @@ def extrapolated(none=1.5, masked=3.0, alibi=1.45):
     "of_run, failed",
     [
         (extrapolated(), ""),
-        (extrapolated(alibi=1.7), "the order, ALiBi's steadiness"),
+        (extrapolated(alibi=1.7), "the order; ALiBi's steadiness"),
         (extrapolated(none=1.6), "causal models' indifference"),
         (extrapolated(masked=1.5), "bidirectional models' collapse"),
     ],
