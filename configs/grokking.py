@@ -35,7 +35,7 @@ def get_config(size: str = "small") -> ConfigDict:
         name="adamw", schedule="constant", warmup_steps=10, b2=0.98, clip_norm=0.0
     )  # fmt: skip
     if size == "small":
-        config.minutes = 15
+        config.minutes = 7
         config.differences = (
             "p = 59 instead of 113", "40 % of all sums shown instead of 30 %",
             "width 64 instead of 128", "a learning rate of 0.003 instead of 0.001",
