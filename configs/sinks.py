@@ -30,7 +30,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.model.update(qk_norm=False, logit_softcap=0.0)
     shared = ("characters instead of words", "the trained sink is a logit of each head, no token")
     if size == "small":
-        config.minutes = 20
+        config.minutes = 5
         config.differences = (*shared, "0.4 M parameters, 128 tokens a window")
         base.model.num_layers = 2
         base.train.update(num_steps=600, batch_size=16, eval_every=300)
