@@ -49,7 +49,7 @@ def get_config(size: str = "small") -> ConfigDict:
         tie_embeddings=True, zero_init_outputs=False, logit_softcap=0.0,
     )  # fmt: skip
     base.optimizer.update(learning_rate=1e-2, muon_learning_rate=2e-2)  # by Muon
-    base.train.update(stop_accuracy=0.99)
+    base.train.update(stop_accuracy=0.997)  # more than is wanted: it is measured anew at the end
     if size == "small":
         config.minutes = 25
         config.differences = (

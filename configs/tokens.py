@@ -40,7 +40,7 @@ def get_config(size: str = "small") -> ConfigDict:
         base.train.update(num_steps=5000, batch_size=64, compute_dtype="bfloat16")
         vocabularies = (1024, 8192)
     else:
-        config.minutes = 15
+        config.minutes = 7
         config.seeds = (0,)
         base.model.num_layers = 2
         base.train.update(num_steps=600, eval_every=300)
