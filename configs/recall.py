@@ -18,16 +18,13 @@ from configs import study
 # name -> (mixer, what else it needs). Learned positions for those that know no order by themselves.
 MIXERS = {
     "attention": {"model.mixer": "attention", "model.position": "learned"},
-    "sliding window": {
-        "model.mixer": "sliding_window", "model.position": "learned", "model.window": 15,
-    },
     "linear attention": {"model.mixer": "linear", "model.position": "learned"},
     "gated DeltaNet": {"model.mixer": "gated_delta"},
     "LSTM": {"model.mixer": "lstm"},
     "GRU": {"model.mixer": "gru"},
     "gated convolution": {"model.mixer": "gated_conv"},
     "Hyena": {"model.mixer": "long_conv"},
-}  # fmt: skip
+}
 
 
 def get_config(size: str = "small") -> ConfigDict:
@@ -56,11 +53,12 @@ def get_config(size: str = "small") -> ConfigDict:
             "256 ids instead of 8,192", "new sequences each step instead of 100,000 in epochs",
             "Muon, one learning rate, instead of AdamW with the best of four", "no dropout",
             "rows of 4 pairs in the first steps, of up to all from half of the steps on",
+            "64 rows a step, 32 of N = 256",
         )  # fmt: skip
         config.seeds = (0,)
         base.data.update(vocab_size=256, min_pairs=4, ramp_steps=225)
         base.train.update(num_steps=450, batch_size=64, eval_every=50, eval_batches=4)
-        widths, sizes = (64, 128), {64: 4, 128: 8, 256: 16}
+        widths, sizes, more = (64, 128), {64: 4, 128: 8, 256: 16}, {256: {"train.batch_size": 32}}
     else:
         config.minutes = 600
         config.differences = (
@@ -70,14 +68,17 @@ def get_config(size: str = "small") -> ConfigDict:
         base.data.vocab_size = 8192
         base.model.dropout_rate = 0.1
         base.train.update(num_steps=12_800, batch_size=512, eval_every=200, eval_batches=6)
-        widths, sizes = (64, 128, 256, 512), {64: 4, 128: 8, 256: 16}
+        widths, sizes, more = (64, 128, 256, 512), {64: 4, 128: 8, 256: 16}, {}
     config.runs = tuple(
         study.run(
             f"{name}, N = {context}, width {width}",
-            {**fields, "data.context": context, "data.num_pairs": pairs, "model.width": width},
+            {
+                **fields, "data.context": context, "data.num_pairs": pairs, "model.width": width,
+                **more.get(context, {}),
+            },
         )
         for context, pairs in sizes.items()
         for width in widths
         for name, fields in MIXERS.items()
-    )
+    )  # fmt: skip
     return config
