@@ -36,7 +36,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config.differences = ("a causal character model of 2 layers instead of translation",)
         base.model.update(num_layers=2, width=64, num_heads=2)
         base.data.context = 64
-        base.train.update(num_steps=1000, eval_every=500)
+        base.train.update(num_steps=500, eval_every=250)
         dims = (4, 16, 64, 256)
     else:
         config.minutes = 90
