@@ -52,13 +52,13 @@ def get_config(size: str = "small") -> ConfigDict:
         config.differences = (
             "256 ids instead of 8,192", "new sequences each step instead of 100,000 in epochs",
             "Muon, one learning rate, instead of AdamW with the best of four", "no dropout",
-            "rows of 4 pairs in the first steps, of up to all from half of the steps on",
-            "64 rows a step, 32 of N = 256",
+            "rows of 4 pairs in the first steps, of up to all from half of the steps on "
+            "(N = 256: two thirds)", "width 64 alone for N = 256",
         )  # fmt: skip
         config.seeds = (0,)
         base.data.update(vocab_size=256, min_pairs=4, ramp_steps=225)
         base.train.update(num_steps=450, batch_size=64, eval_every=50, eval_batches=4)
-        widths, sizes, more = (64, 128), {64: 4, 128: 8, 256: 16}, {256: {"train.batch_size": 32}}
+        widths, more = {64: (64, 128), 128: (64, 128), 256: (64,)}, {256: {"data.ramp_steps": 300}}
     else:
         config.minutes = 600
         config.differences = (
@@ -68,17 +68,17 @@ def get_config(size: str = "small") -> ConfigDict:
         base.data.vocab_size = 8192
         base.model.dropout_rate = 0.1
         base.train.update(num_steps=12_800, batch_size=512, eval_every=200, eval_batches=6)
-        widths, sizes, more = (64, 128, 256, 512), {64: 4, 128: 8, 256: 16}, {}
+        widths, more = dict.fromkeys((64, 128, 256), (64, 128, 256, 512)), {}
     config.runs = tuple(
         study.run(
             f"{name}, N = {context}, width {width}",
             {
-                **fields, "data.context": context, "data.num_pairs": pairs, "model.width": width,
-                **more.get(context, {}),
+                **fields, "data.context": context, "data.num_pairs": context // 16,
+                "model.width": width, **more.get(context, {}),
             },
         )
-        for context, pairs in sizes.items()
-        for width in widths
+        for context, of_context in widths.items()
+        for width in of_context
         for name, fields in MIXERS.items()
     )  # fmt: skip
     return config

@@ -36,30 +36,24 @@ def judge(lines: Sequence[Line]) -> Findings:
     widths = sorted({width for _, _, width in table})
     others = [name for name in dict.fromkeys(name for name, *_ in table) if name != "attention"]
 
-    def over(name: str, *, length: int | None = None, width: int | None = None) -> float:
-        """The mean accuracy over what is not given."""
-        return float(np.mean([
-            line.mean("accuracy") for (n, N, D), line in table.items()
-            if n == name and length in (None, N) and width in (None, D)
-        ]))  # fmt: skip
-
-    worst = min(line.mean("accuracy") for (name, *_), line in table.items() if name == "attention")
-    first, last = lengths[0], lengths[-1]
-    lost = np.mean([over(name, length=first) - over(name, length=last) for name in others])
-    gained = np.mean(
-        [over(name, width=widths[-1]) - over(name, width=widths[0]) for name in others]
+    accuracy = {key: line.mean("accuracy") for key, line in table.items()}
+    worst = min(found for (name, *_), found in accuracy.items() if name == "attention")
+    first, last, narrow, wide = lengths[0], lengths[-1], widths[0], widths[-1]
+    lost = _mean_difference(
+        accuracy, [((n, first, D), (n, last, D)) for n in others for D in widths]
     )
-    exact = [name for name in others if over(name, length=last) >= EXACT]
+    gained = _mean_difference(
+        accuracy, [((n, N, wide), (n, N, narrow)) for n in others for N in lengths]
+    )
+    exact = [name for name in others if accuracy[name, last, narrow] >= EXACT]
     found = (
         f"Attention's lowest accuracy is {worst:.3f} (wanted: {EXACT}). From N = {first} to {last} "
-        f"the others lose {lost:.2f} on average, from width {widths[0]} to {widths[-1]} they gain "
-        f"{gained:.2f}."
+        f"the others lose {lost:.2f} on average, from width {narrow} to {wide} they gain {gained:.2f}."
     )
     if exact:
         found += f" {' and '.join(exact)} recall{'s' * (len(exact) == 1)} all at N = {last} too."
-    at = widths[0]
-    ours = f"N = {' / '.join(map(str, lengths))} at width {at}: " + ", ".join(
-        f"{name} " + " / ".join(f"{table[name, N, at].mean('accuracy'):.2f}" for N in lengths)
+    ours = f"N = {' / '.join(map(str, lengths))} at width {narrow}: " + ", ".join(
+        f"{name} " + " / ".join(f"{accuracy[name, N, narrow]:.2f}" for N in lengths)
         for name in ("attention", *others)
     )
     return Findings(
@@ -84,6 +78,13 @@ def judge(lines: Sequence[Line]) -> Findings:
             "much as what a state can hold."
         ],
     )
+
+
+def _mean_difference(accuracy: dict[tuple, float], pairs: Sequence[tuple[tuple, tuple]]) -> float:
+    """Of those pairs that were both measured, the first less the second."""
+    return float(np.mean([
+        accuracy[a] - accuracy[b] for a, b in pairs if a in accuracy and b in accuracy
+    ]))  # fmt: skip
 
 
 def _table(lines: Sequence[Line]) -> dict[tuple[str, int, int], Line]:
