@@ -48,7 +48,8 @@ def judge(lines: Sequence[Line]) -> Findings:
     exact = [name for name in others if accuracy[name, last, narrow] >= EXACT]
     found = (
         f"Attention's lowest accuracy is {worst:.3f} (wanted: {EXACT}). From N = {first} to {last} "
-        f"the others lose {lost:.2f} on average, from width {narrow} to {wide} they gain {gained:.2f}."
+        f"the others lose {lost:.2f} on average, from width {narrow} to {wide} they gain "
+        f"{gained:.2f}."
     )
     if exact:
         found += f" {' and '.join(exact)} recall{'s' * (len(exact) == 1)} all at N = {last} too."
