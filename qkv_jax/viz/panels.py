@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP*X<>"
 MANY = 20  # points, from which on a line has no markers
+ABREAST = 4  # panels in a row at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ def lines_figure(
     share_x: bool = False,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Panels in a row that share the vertical axis; a name has the same colour in each.
+    """Panels that share the vertical axis, four in a row at most; a name has one colour in all.
 
     Args:
         panels: at least one, each with at least one line or mark.
@@ -72,11 +74,17 @@ def lines_figure(
         name: {"color": style.PALETTE[i % len(style.PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
         for i, name in enumerate(names)
     }
-    fig = style.new_figure(1.6 + 2.5 * len(panels), 3.4, layout="constrained")
-    axes = fig.subplots(1, len(panels), sharex=share_x, sharey=True, squeeze=False)[0]
+    rows = math.ceil(len(panels) / ABREAST)
+    columns = math.ceil(len(panels) / rows)
+    fig = style.new_figure(1.6 + 2.5 * columns, 0.4 + 3.0 * rows, layout="constrained")
+    grid = fig.subplots(rows, columns, sharex=share_x, sharey=True, squeeze=False)
+    axes = grid.flat[: len(panels)]
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel, look, log_base if log_x else None)
-    axes[0].set_ylabel(y_label)
+    for ax in grid.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax in grid[:, 0]:
+        ax.set_ylabel(y_label)
     if y_limits is not None:
         axes[0].set_ylim(*y_limits)
     if title:
@@ -114,7 +122,10 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
     if log_base is not None:
+        from matplotlib.ticker import LogLocator
+
         ax.set_xscale("log", base=log_base)
+        ax.xaxis.set_major_locator(LogLocator(log_base, numticks=5))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
     places = sorted({x for points in panel.lines.values() for x, *_ in points})
     few = 0 < len(places) <= 6

@@ -33,6 +33,21 @@ def test_a_few_values_of_x_have_a_tick_each(xs, log_x, ticks):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ticks
 
 
+def test_more_than_four_panels_stand_in_rows_and_each_row_says_what_y_is():
+    panels = [Panel(f"{i}", {"ours": [(1, 0.5)]}, "x") for i in range(5)]
+    *used, unused = viz.lines_figure(panels, y_label="y").axes
+    assert [ax.get_title("left") for ax in used] == list("01234") and not unused.axison
+    assert [ax.get_ylabel() for ax in used] == ["y", "", "", "y", ""]
+    assert [ax.get_subplotspec().rowspan.start for ax in used] == [0, 0, 0, 1, 1]
+
+
+def test_logarithmic_ticks_leave_room_for_their_numbers():
+    panel = Panel("a", {"ours": [(2**i, 0.5) for i in range(8, 17)]}, "x")
+    (ax,) = viz.lines_figure([panel], y_label="y", log_x=True).axes
+    low, high = ax.get_xlim()
+    assert 2 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 5
+
+
 @pytest.mark.parametrize("panels", [[], [Panel("empty", {}, "x")]])
 def test_nothing_to_draw_is_refused(panels):
     with pytest.raises(ValueError, match="panels: wanted at least one, each with a line or a mark"):
