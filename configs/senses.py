@@ -54,7 +54,7 @@ def get_config(size: str = "small") -> ConfigDict:
         base.model.update(num_layers=2, width=64)
         base.data.context = 16
         base.train.update(num_steps=2000, batch_size=128, eval_every=500, eval_batches=8)
-        spans = {"data.context": 32, "train.num_steps": 1500, "train.batch_size": 64}
+        spans = {"data.context": 32, "train.num_steps": 3000, "train.batch_size": 64}
     else:
         config.minutes = 30
         base.model.update(num_layers=4, width=256, num_heads=8)
