@@ -49,7 +49,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.task = "senses"
     base.data.mask_rate = 0.3
     if size == "small":
-        config.minutes = 18
+        config.minutes = 10
         config.seeds = (0, 1)
         base.model.update(num_layers=2, width=64)
         base.data.context = 16
