@@ -46,7 +46,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.task = "translation"
     base.data.tokenizer = "bpe"
     if size == "small":
-        config.minutes = 16
+        config.minutes = 6
         config.differences = (
             "generated pairs, exact matches instead of BLEU", "10,000 pairs",
             "one layer of GRU, two of the others, 64 wide", "Muon instead of Adam",
