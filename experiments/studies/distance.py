@@ -1,6 +1,8 @@
-"""Judges `configs/distance.py`: accuracy and gradients against distance."""
+"""Judges `configs/distance.py`: accuracy and gradients against distance, speed against length."""
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import optax
 
 from experiments import setup
 from experiments.studies.study import Findings, Line, Run, by_kind
-from qkv_jax import data, nn, viz
+from qkv_jax import data, nn, training, viz
 from qkv_jax.models.blocks import apply_blocks
 from qkv_jax.ops.masks import Causal
 from qkv_jax.viz import Panel
@@ -17,9 +19,36 @@ from qkv_jax.viz import Panel
 EXACT = 0.99
 PREFIX = "accuracy_"
 ROWS = 64  # over which a gradient is averaged
+LENGTHS = (32, 128, 512, 2048)  # of rows, at which steps are timed
+TOKENS = 4096  # of such a step, whatever the length
+CALLS = 5  # of which the median is taken
+
+CAPTIONS = {
+    "accuracy": "Claimed: attention's line is flat at the top, the others fall with "
+    "distance. Each point is the accuracy over the distances up to it from the one before.",
+    "gradient": "Claimed: a direct bridge. The size of the gradient from the answer to the "
+    "cue's vector, beside that to the last token's, before any training: flat for "
+    "attention, falling for a recurrence, zero where a convolution does not see.",
+    "speed": "Claimed: a recurrence takes one token after another, the others all at once; "
+    f"attention's work grows with the length. {TOKENS:,} tokens a step in rows of "
+    "different lengths; on a processor of few cores, which has little to gain.",
+}
 
 
-def judge(lines: Sequence[Line]) -> Findings:
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a model is before any training.
+
+    Args:
+      gradients: of the answer, by the distance of what it is taken in: see `gradient_norms`.
+      speed: length of rows -> steps of training a second.
+    """
+
+    gradients: np.ndarray
+    speed: Mapping[int, float]
+
+
+def judge(lines: Sequence[Line], look: Callable[[Run], Look] | None = None) -> Findings:
     """Whether attention is exact at every distance, and each other model worse far than near."""
     table = by_kind(lines)
     attention = {task: _by_distance(named["attention"]) for task, named in table.items()}
@@ -38,6 +67,15 @@ def judge(lines: Sequence[Line]) -> Findings:
         + ", ".join(f"{name} {fall:.2f}" for name, fall in falls.items())
         + "."
     )
+    cues = {name: line.results[0].run for name, line in table["cue"].items()}
+    looks = {name: (look or look_at)(run) for name, run in cues.items()}
+    slower = {name: of.speed[LENGTHS[0]] / of.speed[LENGTHS[-1]] for name, of in looks.items()}
+    found += (
+        f" With {TOKENS:,} tokens a step, a step on rows of {LENGTHS[-1]:,} takes, in the time of "
+        f"one on rows of {LENGTHS[0]}: "
+        + ", ".join(f"{name} {ratio:.1f}" for name, ratio in slower.items())
+        + "."
+    )
     if stays:
         found += f" {', '.join(stays)} lose{'s' * (len(stays) == 1)} nothing that counts."
     ours = "; ".join(
@@ -49,20 +87,27 @@ def judge(lines: Sequence[Line]) -> Findings:
         )
         for task, named in table.items()
     )
-    cues = {name: line.results[0].run for name, line in table["cue"].items()}
     return Findings(
         parts={"attention's recall": worst >= EXACT, "the others' fall": not stays},
         ours=ours,
         found=found,
-        figures={"accuracy": _accuracy(table), "gradient": _gradients(cues)},
-        captions={
-            "accuracy": "Claimed: attention's line is flat at the top, the others fall with "
-            "distance. Each point is the accuracy over the distances up to it from the one before.",
-            "gradient": "Claimed: a direct bridge. The size of the gradient from the answer to the "
-            "cue's vector, beside that to the last token's, before any training: flat for "
-            "attention, falling for a recurrence, zero where a convolution does not see.",
+        figures={
+            "accuracy": _accuracy(table), "gradient": _gradients(looks), "speed": _speed(looks),
         },
-    )
+        captions=CAPTIONS,
+        tables={
+            "speed": [
+                {"model": name, "length": length, "steps_per_second": speed}
+                for name, of in looks.items()
+                for length, speed in of.speed.items()
+            ]
+        },
+    )  # fmt: skip
+
+
+def look_at(run: Run) -> Look:
+    """Gradients and speed of a run's model, untrained."""
+    return Look(gradient_norms(run), {length: steps_per_second(run, length) for length in LENGTHS})
 
 
 def _by_distance(line: Line) -> dict[int, float]:
@@ -92,10 +137,10 @@ def _accuracy(table: dict[str, dict[str, Line]]):
     )  # fmt: skip
 
 
-def _gradients(runs: dict[str, Run]):
+def _gradients(looks: Mapping[str, Look]):
     points = {}
-    for name, run in runs.items():
-        norms = gradient_norms(run)
+    for name, of in looks.items():
+        norms = of.gradients
         groups = np.array_split(np.arange(1, len(norms)), 8)
         last = norms[0]
         points[name] = [
@@ -107,6 +152,17 @@ def _gradients(runs: dict[str, Run]):
         y_label="log10 of gradient, relative to the last token's",
         title="From the answer back to the cue",
     )
+
+
+def _speed(looks: Mapping[str, Look]):
+    lines = {
+        name: [(length, float(np.log10(speed))) for length, speed in of.speed.items()]
+        for name, of in looks.items()
+    }
+    return viz.lines_figure(
+        [Panel(f"{TOKENS:,} tokens a step", lines, "tokens in a row")],
+        y_label="log10 of steps a second", log_x=True, title="Speed by length",
+    )  # fmt: skip
 
 
 def gradient_norms(run: Run) -> np.ndarray:
@@ -132,3 +188,23 @@ def gradient_norms(run: Run) -> np.ndarray:
     zero = jnp.zeros((*batch["inputs"].shape, settings.model["width"]))
     gradient = jax.jit(jax.grad(loss))(zero)
     return np.asarray(jnp.linalg.norm(gradient, axis=-1).mean(0)[::-1])
+
+
+def steps_per_second(run: Run, length: int) -> float:
+    """Of training a run's model on rows of a length, `TOKENS` in all; the median of some calls."""
+    config = run.config.copy_and_resolve_references()
+    config.data.context, config.train.batch_size = length, max(1, TOKENS // length)
+    settings = setup.resolve(config)
+    task = settings.task(settings)
+    graphdef, params = setup.make_model(settings, task.vocab_size)
+    optimizer = training.make_optimizer(settings.optimizer, settings.train.num_steps)
+    loss = training.cross_entropy_loss(graphdef, task.predict)
+    step = jax.jit(training.make_train_step(loss, optimizer, seed=run.seed))
+    state = training.TrainState.create(params, optimizer)
+    batch = task.generate(0, config.train.batch_size, data.TRAINING)
+    times = []
+    for _ in range(CALLS + 1):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - start)
+    return 1 / float(np.median(times[1:]))  # the first compiles

@@ -291,7 +291,13 @@ def test_the_alignments_of_runs_that_are_there_are_drawn(scripts, tmp_path):
     assert findings.figures["alignment"].axes[0].get_title() == "Bahdanau"
 
 
-@pytest.mark.slow
+def untrained(run):
+    """Gradients that fall, and speed that does not depend on the length but for an LSTM's."""
+    slow = "LSTM" in run.name
+    speed = {length: 32.0 / length if slow else 1.0 for length in distance.LENGTHS}
+    return distance.Look(1 / np.arange(1.0, 17.0), speed)
+
+
 @pytest.mark.parametrize(
     "of_run, holds, words",
     [
@@ -300,8 +306,11 @@ def test_the_alignments_of_runs_that_are_there_are_drawn(scripts, tmp_path):
         (answered(1.0, lambda far: 1.0), False, "lose nothing that counts"),
     ],
 )
-def test_distance_is_judged_by_near_and_far(tmp_path, of_run, holds, words):
+def test_distance_is_judged_by_near_and_far(monkeypatch, tmp_path, of_run, holds, words):
+    monkeypatch.setattr(distance, "look_at", untrained)
     _, _, findings = judged("distance", tmp_path, of_run)
+    assert "attention 1.0, LSTM 64.0, GRU 1.0" in findings.margin
+    assert len(findings.tables["speed"]) == 4 * len(distance.LENGTHS)
     assert findings.holds == holds and words in findings.margin, findings.margin
 
 
@@ -316,6 +325,15 @@ def test_gradients_tell_what_the_answer_can_see(tmp_path):
     # Two layers that see four tokens each see seven.
     assert (norms["gated convolution"][:7] > 0).all()
     assert (norms["gated convolution"][7:] == 0).all()
+
+
+def test_any_length_can_be_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(distance, "CALLS", 1)
+    monkeypatch.setattr(distance, "TOKENS", 64)
+    few = {"base.data.context": 16, "base.model.width": 8, "base.model.num_heads": 2}
+    runs = {run.name: run for run in study_of("distance", tmp_path, **few).runs}
+    assert 0 < distance.steps_per_second(runs["cue, attention"], 32) < 1e6
+    assert runs["cue, attention"].config.data.context == 16  # the run's own is left alone
 
 
 def arena(listops=0.3, text=0.6, milliseconds=5.0, bytes_=10**8):
