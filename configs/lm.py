@@ -1,7 +1,10 @@
-"""Language models of one text: what mixes the tokens, and the ingredients of a recent Transformer.
+r"""Language models of one text: what mixes the tokens, and the ingredients of a recent Transformer.
 
     python -m experiments.compare --config=configs/lm.py
     python -m experiments.compare --config=configs/lm.py:full
+    python -m experiments.compare --config=configs/lm.py --config.base.data.corpus=text_file \
+        --config.base.data.path=tinyshakespeare.txt --runs=runs/lm_shakespeare \
+        --out=results/lm_shakespeare
 
 Two rows of runs on the default corpus: the model of configs/char_lm.py with other mixers, each
 learning in the same way; and GPT-2's Transformer, to which one ingredient after another is added.
@@ -55,7 +58,7 @@ def get_config(size: str = "small") -> ConfigDict:
         "residual, softcap)"
     )
     config.source = "modded-nanogpt, README, github.com/KellerJordan/modded-nanogpt"
-    config.differences = ("characters of Python's documentation", "loss at a fixed step, not time")
+    config.differences = ("characters instead of pieces", "loss at a fixed step, not time")
     base = config.base
     if size == "small":
         config.minutes = 25

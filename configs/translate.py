@@ -1,4 +1,4 @@
-"""Translation from no attention to the Transformer, and what long sentences do to each.
+r"""Translation from no attention to the Transformer, and what long sentences do to each.
 
     python -m experiments.compare --config=configs/translate.py         # generated pairs
     python -m experiments.compare --config=configs/translate.py:full    # Multi30k, de-en

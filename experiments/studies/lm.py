@@ -1,9 +1,10 @@
 """Judges `configs/lm.py`: loss by mixer, and by ingredient of the recipe."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from experiments.studies.study import Findings, Line, by_kind
+from experiments import setup
+from experiments.studies.study import Findings, Line, Run, by_kind
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -12,10 +13,13 @@ HYBRID = "gated DeltaNet 3 : 1 attention"
 TIE = 0.01  # nats per character that count as nothing
 
 
-def judge(lines: Sequence[Line]) -> Findings:
+def judge(
+    lines: Sequence[Line], look: Callable[[Run], Mapping[str, float]] | None = None
+) -> Findings:
     """Whether attention is ahead, the hybrid with it, and the recipe's ladder goes down."""
     kinds = by_kind(lines, ": ")
     mixers, recipe = kinds["mixer"], kinds["recipe"]
+    counting = (look or floors)(lines[0].results[0].run)
     attention = mixers["attention"].mean("loss")
     ahead = {name: mixers[name].mean("loss") - attention for name in FIXED}
     hybrid = mixers[HYBRID].mean("loss") - attention
@@ -37,7 +41,7 @@ def judge(lines: Sequence[Line]) -> Findings:
     )
     return Findings(
         parts=parts,
-        ours="nats per character: "
+        ours=f"nats per character: bigrams {counting['bigram']:.3f}, "
         + ", ".join(f"{name} {line.mean('loss'):.3f}" for name, line in (mixers | recipe).items()),
         found=found,
         figures={"loss": _figure(mixers, recipe)},
@@ -45,7 +49,18 @@ def judge(lines: Sequence[Line]) -> Findings:
             "loss": "Claimed: attention and the hybrid at the bottom on the left, and a staircase "
             "down on the right."
         },
+        notes=[
+            "Predictors that only count characters, with add-one smoothing, reach "
+            + ", ".join(f"{loss:.3f} ({name})" for name, loss in counting.items())
+            + " nats per character."
+        ],
     )
+
+
+def floors(run: Run) -> Mapping[str, float]:
+    """The validation losses of predictors that only count, of a run's text."""
+    settings = setup.resolve(run.config)
+    return settings.task(settings).floors()
 
 
 def _figure(mixers: dict[str, Line], recipe: dict[str, Line]):

@@ -23,6 +23,7 @@ from experiments.studies import (
     report,
 )
 from experiments.studies import training as study_training
+from experiments.studies.lm import floors
 from experiments.tasks import TASKS
 from qkv_jax.training.run_directory import read_config
 from tests.experiments.runs import ROOT, assert_one_sentence
@@ -33,7 +34,9 @@ NAMES = list(STUDIES)
 
 @pytest.fixture(autouse=True)
 def roles(monkeypatch):
-    """What the heads of a model do that no test here has trained."""
+    """What the heads of a model do that no test here has trained, and what counting reaches."""
+    counted = {"uniform": 4.5, "unigram": 3.3, "bigram": 2.6}
+    monkeypatch.setattr(lm, "floors", lambda run: counted)
     shares = {"positional": 0.9, "structural": 0.1, "content": 0.2}
     found = {role: np.full((2, 3), share) for role, share in shares.items()}
     monkeypatch.setattr(heads, "head_roles", lambda run: found)
@@ -230,6 +233,14 @@ def test_language_models_are_judged_by_mixer_and_by_rung(tmp_path, of_run, faile
     assert findings.holds == (not failed), findings.margin
     assert not failed or f"Not as claimed: {failed}." in findings.margin, findings.margin
     assert "Muon -0.010" in findings.margin
+    assert "bigrams 2.600, attention 1.500" in findings.ours
+    assert "3.300 (unigram)" in findings.notes[0]
+
+
+def test_the_floors_are_those_of_the_runs_text(scripts, tmp_path):
+    few = {"base.data.corpus": "text_file", "base.data.path": str(scripts.corpus)}
+    found = floors(study_of("lm", tmp_path, **few).runs[0])
+    assert found["uniform"] > found["unigram"] > found["bigram"] > 0
 
 
 def answered(attention, others):
