@@ -40,21 +40,26 @@ def get_config(size: str = "small") -> ConfigDict:
         base.model.num_layers = 2
         base.data.context = 64
         base.train.update(num_steps=600, batch_size=32, eval_every=300)
+        t5 = {"model.relative_distance": 32}  # farther away all is one bucket, one that was trained
     else:
         config.minutes = 120
         config.differences = ("characters instead of words", "25 M parameters, 512 tokens a window")
         base.model.update(num_layers=8, width=512, num_heads=8, dropout_rate=0.1)
         base.data.context = 512
         base.train.update(num_steps=5000, batch_size=64, compute_dtype="bfloat16")
+        t5 = {}
     config.runs = tuple(
         study.run(
             f"{kind}, {NAMES.get(position, position)}",
-            {"model.position": position, "task": task, **more},
+            {
+                "model.position": position, "task": task, **more,
+                **(t5 if position == "relative" else {}),
+            },
         )
         for kind, task, positions, more in (
             ("causal", "causal_lm", CAUSAL, {"data.longer": longer}),
             ("masked", "masked_lm", MASKED, {}),
         )
         for position in positions
-    )
+    )  # fmt: skip
     return config
