@@ -18,6 +18,7 @@ from qkv_jax.training.run_directory import (
     config_from_json,
     config_to_json,
     flat_fields,
+    read_config,
 )
 from qkv_jax.training.writers import read_metrics
 
@@ -56,10 +57,19 @@ class Run:
         return [f"--config.{name}={now[name]}" for name in now if now[name] != before[name]]
 
     def result(self) -> Result | None:
-        """What a finished run found; None where it has not finished."""
+        """What a finished run found; None where it has not finished.
+
+        Raises:
+          ValueError: what has finished there is a run of another config.
+        """
         path = self.directory.result
         if not path.exists():
             return None
+        if read_config(self.directory, char_lm.get_config()) != self.config:
+            raise ValueError(
+                f"{self.workdir} holds the run of another config; delete it, or choose another "
+                "--runs"
+            )
         return Result(self, **json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -79,6 +79,10 @@ def test_a_run_of_every_study_trains_and_leaves_its_result(scripts, name, tmp_pa
     shutil.rmtree(run.workdir / "checkpoints")
     assert study_training.train([run], jobs=1, say=said.append) == {}
     assert not (run.workdir / "checkpoints").exists() and "1 of 1" in said[-1]
+    other = dataclasses.replace(run, config=run.config.copy_and_resolve_references())
+    other.config.seed = 5
+    with pytest.raises(ValueError, match=rf"{run.workdir} holds the run of another config"):
+        other.result()
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
