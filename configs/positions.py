@@ -35,7 +35,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base = config.base
     longer = (2, 4, 8)
     if size == "small":
-        config.minutes = 20
+        config.minutes = 19
         config.differences = ("characters instead of words", "0.4 M parameters, 64 tokens a window")
         base.model.num_layers = 2
         base.data.context = 64

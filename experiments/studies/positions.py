@@ -62,6 +62,12 @@ def judge(lines: Sequence[Line]) -> Findings:
             "Perplexity in that at the training's length, on a logarithmic axis; ours on the left, "
             "the paper's on the right."
         },
+        notes=[
+            "Likely reasons where it differs: a causal model without positions must count by its "
+            "layers, and here it has few of them and few steps (the published one has 1.3 billion "
+            "parameters); and a masked model finds no use for addresses, learned or sinusoidal, "
+            "until it has trained for longer, where ALiBi tells it at once what is near."
+        ],
     )
 
 
