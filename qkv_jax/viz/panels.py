@@ -132,7 +132,7 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     if panel.ticks:
         ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
     elif few and (log_base is not None or all(float(x).is_integer() for x in places)):
-        ax.set_xticks(places, [f"{x:g}" for x in places])
+        ax.set_xticks(places, [f"{x:g}" if float(x).is_integer() else f"{x:.2g}" for x in places])
         ax.minorticks_off()
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -25,7 +25,12 @@ def test_points_are_drawn_in_order_and_a_name_has_one_colour():
 
 
 @pytest.mark.parametrize(
-    "xs, log_x, ticks", [((2, 8), True, ["2", "8"]), ((0, 1, 2), False, ["0", "1", "2"])]
+    "xs, log_x, ticks",
+    [
+        ((2, 8), True, ["2", "8"]),
+        ((0, 1, 2), False, ["0", "1", "2"]),
+        ((1, 1.976, 4096), True, ["1", "2", "4096"]),
+    ],
 )
 def test_a_few_values_of_x_have_a_tick_each(xs, log_x, ticks):
     panel = Panel("a", {"ours": [(x, 0.5) for x in xs]}, "x")
