@@ -12,9 +12,10 @@ from qkv_jax.models.blocks import dropout_rngs
 from qkv_jax.models.config import check_dropout_and_dtype, check_sizes, one_of
 from qkv_jax.models.seq2seq import Seq2Seq
 from qkv_jax.nn.additive import KINDS
+from qkv_jax.nn.recurrent import LSTMCell
 from qkv_jax.ops.masks import Lengths
 
-CELLS = {"lstm": nnx.LSTMCell, "gru": nnx.GRUCell}
+CELLS = {"lstm": LSTMCell, "gru": nnx.GRUCell}
 ATTENTIONS = ("none", "bahdanau", "luong")
 
 # What the encoder hands on: outputs [B, S, D], and the last state of each layer.

@@ -145,6 +145,12 @@ def test_a_mixer_is_its_cell_and_a_projection(mixer, numbers, hidden):
     assert module.state_size(1) == module.state_size(1000) == numbers * (hidden or D)
 
 
+def test_a_new_lstm_keeps_most_of_what_it_holds():
+    cell = LSTM(D, F, rngs=nnx.Rngs(0)).cell
+    (c, _), _ = cell((jnp.ones((1, F)), jnp.zeros((1, F))), jnp.zeros((1, D)))
+    assert_close(c, np.full((1, F), 1 / (1 + np.exp(-1))))
+
+
 @pytest.mark.parametrize("mixer", [LSTM, GRU])
 def test_a_mixer_is_causal_and_padding_changes_no_real_token(mixer):
     module = randomised(mixer(D, rngs=nnx.Rngs(0)))
