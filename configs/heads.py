@@ -31,7 +31,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base = config.base
     base.model.update(num_layers=LAYERS, width=WIDTH, num_heads=HEADS)
     if size == "small":
-        config.minutes = 24
+        config.minutes = 21
         config.differences = (
             "a causal character model instead of translation", "2 layers of width 128",
         )  # fmt: skip
