@@ -67,7 +67,7 @@ def _told(roles: dict[str, np.ndarray]) -> str:
     for i, role in enumerate(ROLES):
         layer, head = np.unravel_index(shares[i].argmax(), shares[i].shape)
         parts.append(
-            f"{(most == i).sum()} {role} (the clearest in layer {layer + 1}, head {head + 1}, "
+            f"{(most == i).sum()} {role} (the clearest in layer {layer + 1}, head {head}, "
             f"{shares[i].max():.2f})"
         )
     return (
@@ -78,7 +78,10 @@ def _told(roles: dict[str, np.ndarray]) -> str:
 
 
 def _drawn(roles: dict[str, np.ndarray]):
-    return viz.matrices_figure({role: roles[role] for role in ROLES}, title="What heads look at")
+    layers = [f"layer {i}" for i in range(1, len(roles[ROLES[0]]) + 1)]
+    return viz.matrices_figure(
+        {role: roles[role] for role in ROLES}, layers, title="What heads look at", width=8.2
+    )
 
 
 def _rows(lines: Sequence[Line]) -> tuple[dict[int, Line], ...]:
