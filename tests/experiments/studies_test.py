@@ -174,7 +174,7 @@ def test_heads_are_judged_by_a_valley_and_two_falls(tmp_path, of_run, holds, wor
     assert "d_k 4 / 8 / 16 / 32 / 64: " in findings.ours
     assert "layers 1 / 2 / 4 / 8: " in findings.ours
     assert "Of 6 heads of the deepest model" in findings.notes[0]
-    assert "6 positional (the clearest in layer 1, head 1, 0.90), 0 structural" in findings.notes[0]
+    assert "6 positional (the clearest in layer 1, head 0, 0.90), 0 structural" in findings.notes[0]
 
 
 def extrapolated(none=1.5, masked=3.0, alibi=1.45):
