@@ -51,7 +51,7 @@ def judge(
             "ours": "Claimed: a valley in the number of heads, a fall with d_k and with depth. "
             "Bars are the range over seeds.",
             "published": "The paper's perplexities, as their logarithm, in nats per token.",
-            "roles": "What each head of the deepest model looks at, a row a layer, a column a "
+            "roles": "What each head of the deepest model looks at, a row a layer (L), a column a "
             "head: at one distance, at delimiters, at what followed the same characters before. 0 "
             "is a head that looks everywhere alike, 1 one that looks nowhere else.",
         },
@@ -78,9 +78,9 @@ def _told(roles: dict[str, np.ndarray]) -> str:
 
 
 def _drawn(roles: dict[str, np.ndarray]):
-    layers = [f"layer {i}" for i in range(1, len(roles[ROLES[0]]) + 1)]
+    layers = [f"L{i}" for i in range(1, len(roles[ROLES[0]]) + 1)]
     return viz.matrices_figure(
-        {role: roles[role] for role in ROLES}, layers, title="What heads look at", width=8.2
+        {role: roles[role] for role in ROLES}, layers, title="What heads look at", width=8.0
     )
 
 
