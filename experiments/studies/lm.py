@@ -72,8 +72,11 @@ def _figure(mixers: dict[str, Line], recipe: dict[str, Line]):
     return viz.lines_figure(
         [
             Panel("mixers", cost, "ms a step"),
-            Panel("recipe, from GPT-2 on", {"one more ingredient each": ladder}, "ingredients"),
+            Panel(
+                "recipe, from GPT-2 on", {"one more ingredient each": ladder}, "",
+                ticks=dict(enumerate(recipe)),
+            ),
         ],
         y_label="nats per character",
         title="One text, the same number of steps",
-    )
+    )  # fmt: skip

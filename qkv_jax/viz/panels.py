@@ -71,7 +71,11 @@ def lines_figure(
         raise ValueError("panels: wanted at least one, each with a line or a mark")
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     look = {
-        name: {"color": style.PALETTE[i % len(style.PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        name: {
+            "color": style.PALETTE[i % len(style.PALETTE)],
+            # Where colours begin anew, markers are moved by one.
+            "marker": MARKERS[(i + i // len(style.PALETTE)) % len(MARKERS)],
+        }
         for i, name in enumerate(names)
     }
     rows = math.ceil(len(panels) / ABREAST)

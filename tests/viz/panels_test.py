@@ -38,6 +38,13 @@ def test_a_few_values_of_x_have_a_tick_each(xs, log_x, ticks):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ticks
 
 
+def test_no_two_of_many_names_look_alike():
+    panel = Panel("a", {f"{i}": [(1, i)] for i in range(20)}, "x")
+    (ax,) = viz.lines_figure([panel], y_label="y").axes
+    looks = [container.lines[0] for container in ax.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in looks}) == 20
+
+
 def test_more_than_four_panels_stand_in_rows_and_each_row_says_what_y_is():
     panels = [Panel(f"{i}", {"ours": [(1, 0.5)]}, "x") for i in range(5)]
     *used, unused = viz.lines_figure(panels, y_label="y").axes
