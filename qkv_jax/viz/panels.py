@@ -134,7 +134,8 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     places = sorted({x for points in panel.lines.values() for x, *_ in points})
     few = 0 < len(places) <= 6
     if panel.ticks:
-        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=30, ha="right")
+        slant = {"rotation": 30, "ha": "right"} if len(panel.ticks) <= 6 else {"rotation": 90}
+        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()), **slant)
     elif few and (log_base is not None or all(float(x).is_integer() for x in places)):
         ax.set_xticks(places, [f"{x:g}" if float(x).is_integer() else f"{x:.2g}" for x in places])
         ax.minorticks_off()
