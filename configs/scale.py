@@ -32,7 +32,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.model.update(qk_norm=False, zero_init_outputs=False, logit_softcap=0.0)
     base.optimizer.update(name="adamw", learning_rate=2e-3)
     if size == "small":
-        config.minutes = 10
+        config.minutes = 5
         config.differences = ("a causal character model of 2 layers instead of translation",)
         base.model.update(num_layers=2, width=64, num_heads=2)
         base.data.context = 64
