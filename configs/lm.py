@@ -61,7 +61,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.differences = ("characters instead of pieces", "loss at a fixed step, not time")
     base = config.base
     if size == "small":
-        config.minutes = 23
+        config.minutes = 24
         base.train.update(num_steps=500, eval_every=250)
         config.seeds = (0,)
     else:
