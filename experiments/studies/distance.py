@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Look:
     speed: Mapping[int, float]
 
 
-def judge(lines: Sequence[Line], look: Callable[[Run], Look] | None = None) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether attention is exact at every distance, and each other model worse far than near."""
     table = by_kind(lines)
     attention = {task: _by_distance(named["attention"]) for task, named in table.items()}
@@ -68,7 +68,7 @@ def judge(lines: Sequence[Line], look: Callable[[Run], Look] | None = None) -> F
         + "."
     )
     cues = {name: line.results[0].run for name, line in table["cue"].items()}
-    looks = {name: (look or look_at)(run) for name, run in cues.items()}
+    looks = {name: look_at(run) for name, run in cues.items()}
     slower = {name: of.speed[LENGTHS[0]] / of.speed[LENGTHS[-1]] for name, of in looks.items()}
     found += (
         f" With {TOKENS:,} tokens a step, a step on rows of {LENGTHS[-1]:,} takes, in the time of "

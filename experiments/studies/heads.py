@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.studies.head_roles import ROLES, head_roles
-from experiments.studies.study import Findings, Line, Run
+from experiments.studies.study import Findings, Line
 from qkv_jax import viz
 from qkv_jax.viz import Panel
 
@@ -16,12 +16,10 @@ PUBLISHED_HEADS = {1: 5.29, 4: 5.00, 8: 4.92, 16: 4.91, 32: 5.01}
 PUBLISHED_DIMS = {16: 5.16, 32: 5.01, 64: 4.92}
 
 
-def judge(
-    lines: Sequence[Line], look: Callable[[Run], dict[str, np.ndarray]] | None = None
-) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether loss is U-shaped in the number of heads, and falls with d_k and depth."""
     rows = _rows(lines)
-    roles = (look or head_roles)(rows[-1][max(rows[-1])].results[0].run)  # of the deepest
+    roles = head_roles(rows[-1][max(rows[-1])].results[0].run)  # of the deepest
     heads, dims, depth = ({x: line.mean("loss") for x, line in row.items()} for row in rows)
     best = min(heads, key=heads.get)
     inside = min(heads) < best < max(heads)

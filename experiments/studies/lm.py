@@ -1,7 +1,7 @@
 """Judges `configs/lm.py`: loss by mixer, and by ingredient of the recipe."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments import setup
 from experiments.studies.study import Findings, Line, Run, by_kind
@@ -13,13 +13,11 @@ HYBRID = "gated DeltaNet 3 : 1 attention"
 TIE = 0.01  # nats per character that count as nothing
 
 
-def judge(
-    lines: Sequence[Line], look: Callable[[Run], Mapping[str, float]] | None = None
-) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether attention is ahead, the hybrid with it, and the recipe's ladder goes down."""
     kinds = by_kind(lines, ": ")
     mixers, recipe = kinds["mixer"], kinds["recipe"]
-    counting = (look or floors)(lines[0].results[0].run)
+    counting = floors(lines[0].results[0].run)
     attention = mixers["attention"].mean("loss")
     ahead = {name: mixers[name].mean("loss") - attention for name in FIXED}
     hybrid = mixers[HYBRID].mean("loss") - attention

@@ -1,7 +1,7 @@
 """Judges `configs/long_documents.py`: loss by position in a long document."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,11 +18,11 @@ WINDOWS = 24  # long windows that are read
 LOCAL = "window"  # the run that sees nothing else
 
 
-def judge(lines: Sequence[Line], look: Callable[[Run], np.ndarray] | None = None) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether full attention is ahead late in a document, and what the others recover of it."""
-    look = look or losses_by_position
     curves = {
-        line.name: np.mean([look(result.run) for result in line.results], axis=0) for line in lines
+        line.name: np.mean([losses_by_position(result.run) for result in line.results], axis=0)
+        for line in lines
     }
     late = {name: float(curve[len(curve) // 2 :].mean()) for name, curve in curves.items()}
     gap = late[LOCAL] - late["full"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,11 +41,11 @@ class Look:
     maps: dict[str, np.ndarray]
 
 
-def judge(lines: Sequence[Line], look: Callable[[Run], Look] | None = None) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether senses are told after mixing, within reach, and answers by attention alone."""
     kinds = by_kind(lines, ": ")
     looks = {
-        name: [(look or look_at)(result.run) for result in line.results]
+        name: [look_at(result.run) for result in line.results]
         for name, line in kinds["words"].items()
     }
     depth = {name: _mean(of, "accuracy") for name, of in looks.items()}

@@ -39,10 +39,9 @@ class Stream:
     first: tuple[float, ...]
 
 
-def judge(lines: Sequence[Line], look: Callable[[Run], Stream] | None = None) -> Findings:
+def judge(lines: Sequence[Line]) -> Findings:
     """Whether evicting the first tokens hurts, and whether keeping them or a sink helps."""
-    look = look or stream
-    streams = {line.name: [look(result.run) for result in line.results] for line in lines}
+    streams = {line.name: [stream(result.run) for result in line.results] for line in lines}
     near = {line.name: line.mean("loss") for line in lines}
     kept = {
         name: {n: float(np.mean([stream.kept[n] for stream in of])) for n in of[0].kept}

@@ -126,10 +126,8 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.x_label)
     if log_base is not None:
-        from matplotlib.ticker import LogLocator
-
         ax.set_xscale("log", base=log_base)
-        ax.xaxis.set_major_locator(LogLocator(log_base, numticks=4))
+        ax.xaxis.get_major_locator().set_params(numticks=4)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
     places = sorted({x for points in panel.lines.values() for x, *_ in points})
     few = 0 < len(places) <= 6
