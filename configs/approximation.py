@@ -41,8 +41,10 @@ def get_config(size: str = "small") -> ConfigDict:
     )
     base = config.base
     base.task = "masked_lm"
+    # Learned positions take longer to learn the more keys are seen: after 2,400 steps full attention
+    # was at 44 % of the characters where a window was at 62; of rotary ones, after 1,500, 62 and 64.
     base.model.update(
-        num_layers=2, position="learned", norm="layer", qk_norm=False, zero_init_outputs=False,
+        num_layers=2, position="rotary", norm="layer", qk_norm=False, zero_init_outputs=False,
         logit_softcap=0.0,
     )  # fmt: skip
     base.optimizer.update(learning_rate=5e-3, muon_learning_rate=2e-2)
@@ -54,10 +56,11 @@ def get_config(size: str = "small") -> ConfigDict:
             "characters, 128 at a time, instead of words, 512", "2 layers of width 64 instead of "
             "BERT base", "blocks of 8 (digits: 4), of which 2 are drawn",
             "random blocks beside a window are added to it, so that the two see more together",
+            "rotary positions",
         )  # fmt: skip
         base.model.update(width=64, num_heads=2, mlp_width=128)
         base.data.context = 128
-        base.train.update(num_steps=600, batch_size=16, eval_batches=64)
+        base.train.update(num_steps=1500, batch_size=16, eval_batches=64)
         text["model.block_size"], digits["model.block_size"] = 8, 4
     else:
         config.minutes = 240
@@ -65,6 +68,7 @@ def get_config(size: str = "small") -> ConfigDict:
             "characters instead of words", "8 layers of width 512 instead of BERT base",
             "blocks of 32 (digits: 4), of which 2 are drawn",
             "random blocks beside a window are added to it, so that the two see more together",
+            "rotary positions",
         )  # fmt: skip
         base.model.update(num_layers=8, width=512, num_heads=8, dropout_rate=0.1)
         base.data.context = 512
