@@ -41,8 +41,9 @@ def get_config(size: str = "small") -> ConfigDict:
     )
     base = config.base
     base.task = "masked_lm"
-    # Learned positions take longer to learn the more keys are seen: after 2,400 steps full attention
-    # was at 44 % of the characters where a window was at 62; of rotary ones, after 1,500, 62 and 64.
+    # With learned positions, attention that sees more keys takes longer to learn which are near:
+    # after 2,400 steps it had 44 % of the characters, a window 62; with rotary ones, after 1,500,
+    # 62 and 64.
     base.model.update(
         num_layers=2, position="rotary", norm="layer", qk_norm=False, zero_init_outputs=False,
         logit_softcap=0.0,
