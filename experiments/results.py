@@ -5,7 +5,9 @@ python -m experiments.results
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app
 
@@ -33,13 +35,19 @@ def with_table(readme: str, results: Path) -> str:
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             link = f"[`{name}`]({results.name}/{name}/{REPORT})"
-            ours, verdict = found["ours"], f"**{found['verdict']}**"
+            ours, verdict = found["ours"], _verdict(found)
         else:
             found = config_of(name)
             link, ours, verdict = f"`{name}`", "not run yet", ""
         published = f"{found['published']} ({found['source']})"
         lines.append(line([link, found["claim"], ours, published, verdict]))
     return "".join([before, "\n".join(lines), "\n", END, after])
+
+
+def _verdict(record: Mapping[str, Any]) -> str:
+    """The verdict of a study's record, and what is not as claimed."""
+    failed = "; ".join(record["failed"])
+    return f"**{record['verdict']}**" + f": {failed}" * bool(failed)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def write(out: Path, study: Study, lines: Sequence[Line], findings: Findings, co
         "differences": list(study.differences),
         "ours": findings.ours,
         "verdict": findings.verdict,
+        "failed": findings.failed,
         "margin": findings.margin,
         "made_with": made_with(),
         "runs": [_record(of_run) for of_run in lines],

@@ -33,8 +33,8 @@ NAMES = list(STUDIES)
 
 
 @pytest.fixture(autouse=True)
-def roles(monkeypatch):
-    """What the heads of a model do that no test here has trained, and what counting reaches."""
+def measured(monkeypatch):
+    """What judges measure beside the results: of trained models, which no test here has."""
     counted = {"uniform": 4.5, "unigram": 3.3, "bigram": 2.6}
     monkeypatch.setattr(lm, "floors", lambda run: counted)
     shares = {"positional": 0.9, "structural": 0.1, "content": 0.2}
@@ -482,6 +482,7 @@ def test_a_report_says_claim_verdict_figures_and_every_run(tmp_path, name, of_ru
         assert f"]({picture}.png)" in text and (tmp_path / f"out/{picture}.png").stat().st_size
     record = json.loads((tmp_path / "out/study.json").read_text())
     assert (record["verdict"], record["ours"]) == (findings.verdict, findings.ours)
+    assert record["failed"] == findings.failed
     assert len(record["runs"]) == len(lines)
     header, names, *rows = (tmp_path / "out/runs.csv").read_text().splitlines()
     assert header == "# python -m experiments.compare --x" and names.startswith("run,seed,loss")

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from experiments.benchmark_growth import Growth, cell, slope
 from experiments.benchmark_table import figure
 from experiments.results import END, START, with_table
@@ -37,13 +39,18 @@ def test_the_readmes_table_of_studies_is_that_of_their_reports():
     assert with_table(text, ROOT / "results") == text, "run make results"
 
 
-def test_a_row_of_a_study_says_claim_figures_and_verdict(tmp_path):
+@pytest.mark.parametrize(("verdict", "failed", "told"), [
+    ("holds", [], "**holds**"),
+    ("does not hold here", ["a", "b c"], "**does not hold here**: a; b c"),
+])  # fmt: skip
+def test_a_row_of_a_study_says_claim_figures_and_verdict(tmp_path, verdict, failed, told):
     name = next(iter(STUDIES))
-    record = {"claim": "C", "ours": "1", "published": "2", "source": "S", "verdict": "holds"}
+    record = {"claim": "C", "ours": "1", "published": "2", "source": "S"}
+    record |= {"verdict": verdict, "failed": failed}
     (tmp_path / "results" / name).mkdir(parents=True)
     (tmp_path / "results" / name / RECORD).write_text(json.dumps(record))
     text = with_table(f"before\n{START}\nold\n{END}\nafter", tmp_path / "results")
-    row = f"| [`{name}`](results/{name}/report.md) | C | 1 | 2 (S) | **holds** |"
+    row = f"| [`{name}`](results/{name}/report.md) | C | 1 | 2 (S) | {told} |"
     before, start, _, _, found, *others, end, after = text.splitlines()
     assert (before, start, found, end, after) == ("before", START, row, END, "after")
     assert len(others) == len(STUDIES) - 1 and all(" | not run yet | " in row for row in others)
