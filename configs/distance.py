@@ -44,7 +44,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.data.vocab_size = 32
     base.train.update(stop_accuracy=0.999)
     if size == "small":
-        config.minutes = 22
+        config.minutes = 20
         config.differences = ("two layers of width 64", "rows of 128 tokens, 2,000 steps")
         base.data.context = 128
         base.model.width = 64

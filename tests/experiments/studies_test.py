@@ -318,7 +318,7 @@ def untrained(run):
     [
         (answered(1.0, lambda far: 8 / far), True, "GRU (copy) 0.75"),
         (answered(0.9, lambda far: 8 / far), False, "0.900"),
-        (answered(1.0, lambda far: 1.0), False, "lose nothing that counts"),
+        (answered(1.0, lambda far: 1.0), False, "Not as claimed: the fall of LSTM (cue)"),
     ],
 )
 def test_distance_is_judged_by_near_and_far(monkeypatch, tmp_path, of_run, holds, words):
