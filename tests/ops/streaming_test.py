@@ -16,10 +16,13 @@ RANDOM = np.random.RandomState(0)
 Q, KEYS, V = (jnp.asarray(RANDOM.randn(B, T, *s), jnp.float32) for s in ((N, H), (K, H), (K, h)))
 
 
+LOOKED = [0, 1, 2, 5, 7, 8, 15, 22]  # tokens that are looked at: each has shapes of its own
+
+
 def from_a_cache(window, num_sinks, base):
     """Xiao et al.: keys unrotated in a cache; positions are places in it, when a token comes."""
     outs = []
-    for t in range(T):
+    for t in LOOKED:
         kept = [s for s in range(t + 1) if s < num_sinks or s >= t - window]
         places = jnp.arange(len(kept))
         q, k, v = Q[:, t : t + 1], KEYS[:, jnp.array(kept)], V[:, jnp.array(kept)]
@@ -36,7 +39,7 @@ def test_it_is_attention_to_a_cache_that_evicts(window, num_sinks, base):
     if base is not None:
         q, k = (rotary(x, jnp.arange(T), base=base) for x in (q, k))
     out = streaming_attention(q, k, V, window=window, num_sinks=num_sinks, rotary_base=base)
-    assert_close(out, from_a_cache(window, num_sinks, base), scale=10)
+    assert_close(out[:, np.array(LOOKED)], from_a_cache(window, num_sinks, base), scale=10)
 
 
 def test_positions_and_another_mask_are_honoured():
