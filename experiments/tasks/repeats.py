@@ -8,7 +8,7 @@ from flax import nnx
 from experiments.tasks.generated import GeneratedTask, where
 from qkv_jax import data, nn, training
 from qkv_jax.data.batches import Batch
-from qkv_jax.models import attention_maps, prefix_matching, previous_token
+from qkv_jax.models import attention_maps, measures
 
 
 class Repeats(GeneratedTask):
@@ -25,7 +25,7 @@ class Repeats(GeneratedTask):
         """Loss on new and on repeated tokens; two scores of each head.
 
         `loss_new` and `loss_repeated`, nats; for head h of layer l, both from 1,
-        `prefix_matching_l.h` and `previous_token_l.h`, as `qkv_jax.models.maps` says.
+        `prefix_matching_l.h` and `previous_token_l.h`, as `qkv_jax.models.measures` says.
         """
         return self._probe(graphdef, list(self.eval_batches()))
 
@@ -46,8 +46,8 @@ class Repeats(GeneratedTask):
         def heads(params: nn.Params, tokens: jax.Array) -> dict[str, jax.Array]:
             maps = attention_maps(nn.merge(graphdef, params), tokens)
             return {
-                "prefix_matching": prefix_matching(maps, tokens),
-                "previous_token": previous_token(maps),
+                "prefix_matching": measures.prefix_matching(maps, tokens),
+                "previous_token": measures.previous_token(maps),
             }
 
         def probe(params: nn.Params) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Language models, made from the modules of `qkv_jax.nn`."""
 
+from qkv_jax.models import measures
 from qkv_jax.models.convolutional import ConvSeq2Seq, ConvSeq2SeqConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig, interpolate_positions, state_size
 from qkv_jax.models.encoder import (
@@ -12,10 +13,10 @@ from qkv_jax.models.encoder import (
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qkv_jax.models.maps import (
     alignment_maps,
+    attention_gradients,
     attention_inputs,
     attention_maps,
-    prefix_matching,
-    previous_token,
+    head_importance,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
 from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
@@ -37,10 +38,11 @@ __all__ = [
     "RecurrentSeq2SeqConfig",
     "SpanClassifier",
     "alignment_maps",
+    "attention_gradients",
     "attention_inputs",
     "attention_maps",
+    "head_importance",
     "interpolate_positions",
-    "prefix_matching",
-    "previous_token",
+    "measures",
     "state_size",
 ]

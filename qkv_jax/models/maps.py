@@ -18,6 +18,7 @@ from qkv_jax.models.recurrent import RecurrentSeq2Seq
 # Who says what a layer has not.
 WEIGHTS = "attention_maps", "attention weights"
 INPUTS = "attention_inputs", "queries and keys"
+HEADS = "head_importance", "heads"
 
 
 def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
@@ -98,6 +99,100 @@ def alignment_maps(
     return jnp.stack(maps)
 
 
+def attention_gradients(
+    model: nnx.Module, tokens: jax.Array, loss: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The weights of every head, and how the loss changes with each of them.
+
+    Their product says what a weight did: -w dloss/dw is, to first order, how much the loss would
+    rise without it (Barkan et al. 2021, Grad-SAM, arxiv.org/abs/2204.11073; Hao et al. 2021,
+    arxiv.org/abs/2004.11207).
+
+    Args:
+      model: as for `attention_maps`, or one with an encoder, such as `MaskedLanguageModel`. It
+        comes back as it was.
+      tokens: integers [B, T].
+      loss: what the model returns -> a number.
+
+    Returns:
+      weights and dloss/dweights, each float32 [L, B, N, T, T].
+
+    Raises:
+      NotImplementedError: a layer's mixer has no attention weights.
+    """
+    stack = getattr(model, "encoder", model)
+    maps = attention_maps(stack, tokens)
+
+    def attend(op: Any, change: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any):
+        weights = _weights(op, q, k, v, **kwargs) + change
+        v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+        return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+
+    return maps, _gradient(model, stack, tokens, loss, attend, jnp.zeros_like(maps))
+
+
+def head_importance(
+    model: nnx.Module, tokens: jax.Array, loss: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """How much the loss depends on each head: what it changes by as the head's output is scaled.
+
+        mean over rows of |dloss/dxi|, where xi = 1 is a factor of the head's output
+
+    Michel et al. 2019, arxiv.org/abs/1905.10650, without their norm over a layer's heads.
+
+    Args:
+      model, tokens: as for `attention_gradients`; a mixer needs an op, but no weights.
+      loss: what the model returns -> a number, the sum over rows that do not depend on one another.
+
+    Returns:
+      float32 [L, N].
+
+    Raises:
+      NotImplementedError: a layer's mixer calls no op.
+    """
+    stack = getattr(model, "encoder", model)
+
+    def attend(op: Any, factor: jax.Array, q: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        return op(q, *args, **kwargs) * factor[:, None, :, None].astype(q.dtype)
+
+    B, layers = tokens.shape[0], len(stack.blocks)
+    factors = jnp.ones((layers, B, stack.config.num_heads))
+    return jnp.abs(_gradient(model, stack, tokens, loss, attend, factors)).mean(1)
+
+
+def _gradient(
+    model: nnx.Module,
+    stack: nnx.Module,
+    tokens: jax.Array,
+    loss: Callable[[jax.Array], jax.Array],
+    attend: Callable[..., jax.Array],
+    changes: jax.Array,
+) -> jax.Array:
+    """The gradient in `changes`, [L, ...], where each layer computes `attend(op, change, ...)`."""
+    given: list[jax.Array] = []  # the traced changes, which the ops below read
+
+    def changed(layer: int, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda *args, **kwargs: attend(op, given[-1][layer], *args, **kwargs)
+
+    def value(changes: jax.Array) -> jax.Array:
+        given.append(changes)
+        return loss(model(tokens))
+
+    mixers = [block.mixer for block in stack.blocks]
+    for layer, mixer in enumerate(mixers):
+        if getattr(mixer, "op", None) is None:
+            raise _absent(layer, mixer, HEADS)
+    own = [mixer.op for mixer in mixers]
+    with _without_remat(stack):
+        try:
+            for layer, (mixer, op) in enumerate(zip(mixers, own, strict=True)):
+                mixer.op = changed(layer, op)
+            return jax.grad(value)(changes)
+        finally:
+            for mixer, op in zip(mixers, own, strict=True):
+                mixer.op = op
+
+
 def _weights(op: Any, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
     del v
     return (ops.attention_weights if op is ops.attention else op.weights)(q, k, **kwargs)
@@ -152,33 +247,6 @@ def _without_remat(stack: Decoder) -> Iterator[None]:
         yield
     finally:
         stack.config = config
-
-
-def prefix_matching(maps: jax.Array, tokens: jax.Array) -> jax.Array:
-    """How much each head looks at what came after earlier occurrences of the token it is at.
-
-        mean over t of the weight from t to all s with tokens[s - 1] = tokens[t], 0 < s <= t
-
-    over the places t of tokens that occurred before. An induction head's is near 1. Olsson et al.
-    2022, arxiv.org/abs/2209.11895.
-
-    Args:
-      maps: [L, B, N, T, T], of a decoder, from `attention_maps`.
-      tokens: integers [B, T].
-
-    Returns:
-      float32 [L, N]; NaN where no token occurs twice.
-    """
-    T = tokens.shape[1]
-    earlier = jnp.tril(tokens[:, :, None] == tokens[:, None, :], -1)  # [B, t, s]
-    after = jnp.pad(earlier, ((0, 0), (0, 0), (1, 0)))[..., :T]  # [B, t, s + 1]
-    weight = jnp.einsum("lbnts,bts->ln", maps, after.astype(maps.dtype))
-    return weight / earlier.any(-1).sum()
-
-
-def previous_token(maps: jax.Array) -> jax.Array:
-    """The mean weight that each head gives to the token before: [L, B, N, T, T] -> [L, N]."""
-    return jnp.diagonal(maps, -1, axis1=-2, axis2=-1).mean((1, 3))
 
 
 def _absent(layer: int, mixer: nnx.Module, missing: tuple[str, str]) -> NotImplementedError:

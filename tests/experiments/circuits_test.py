@@ -11,7 +11,7 @@ from experiments import setup
 from experiments.studies import STUDIES, by_run, grokking, induction, report, scale
 from experiments.tasks.addition import power_spectrum
 from qkv_jax import data, nn
-from qkv_jax.models import attention_maps, prefix_matching
+from qkv_jax.models import attention_maps, measures
 from qkv_jax.training.writers import read_metrics
 from tests.experiments.runs import assert_one_sentence
 from tests.experiments.studies import result_of, study_of
@@ -48,7 +48,7 @@ def test_the_probe_of_repeats_splits_the_loss_and_scores_each_head(tmp_path):
     assert_close(found["loss_new"], losses[distances == 0].mean())
     assert_close(found["loss_repeated"], losses[distances > 0].mean())
     maps = attention_maps(nn.merge(graphdef, params), batches[0]["inputs"])
-    scores = prefix_matching(maps, batches[0]["inputs"])
+    scores = measures.prefix_matching(maps, batches[0]["inputs"])
     assert_close(found["prefix_matching_2.1"], scores[1, 0])
 
 

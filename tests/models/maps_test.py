@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -12,15 +15,17 @@ from qkv_jax.models import (
     ConvSeq2SeqConfig,
     Decoder,
     DecoderConfig,
+    EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    MaskedLanguageModel,
     RecurrentSeq2Seq,
     RecurrentSeq2SeqConfig,
     alignment_maps,
+    attention_gradients,
     attention_inputs,
     attention_maps,
-    prefix_matching,
-    previous_token,
+    head_importance,
 )
 from tests.parameters import randomised
 from tests.tolerances import assert_close
@@ -96,29 +101,66 @@ def test_a_mixer_without_attention_weights_is_named():
         attention_maps(decoder(mixer="attention,lstm", num_kv_heads=None), TOKENS)
 
 
-def test_prefix_matching_is_the_weight_on_what_followed_the_same_token():
-    rng = np.random.RandomState(0)
-    maps = np.tril(rng.rand(L, B, N, 11, 11)).astype("f")
-    tokens = np.array([[3, 1, 2, 3, 1, 3, 0, 0, 4, 5, 6], np.arange(11)])  # one row never repeats
-    found = np.asarray(prefix_matching(maps, tokens))
-    # By hand: the places of tokens that came before, with the places after those.
-    after = {3: [1], 4: [2], 5: [1, 4], 7: [7]}
-    wanted = sum(maps[:, 0, :, t, places].sum(0) for t, places in after.items()) / len(after)
-    assert found.shape == (L, N)
-    assert_close(found, wanted)
-    assert np.isnan(np.asarray(prefix_matching(maps, tokens[[1, 1]]))).all()
+def row_losses(logits):
+    """Of each row, [B]: of logits that hang together with all layers' weights."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(TOKENS)).sum(-1)
 
 
-def test_a_head_that_looks_at_the_token_before_is_seen_to():
-    maps = np.zeros((L, B, N, T, T), "f")
-    maps[..., 0, 0] = 1
-    for t in range(1, T):
-        maps[..., t, t - 1] = 1
-    maps[1] = np.eye(T)
-    maps[2, 1, 0] = np.eye(T)
-    np.testing.assert_allclose(
-        previous_token(maps), [[1] * N, [0] * N, [0.5] + [1] * (N - 1)], atol=1e-6
-    )
+@pytest.mark.parametrize("remat", [False, True])
+def test_importance_is_the_derivative_in_what_scales_the_heads_output(remat):
+    model = decoder(remat=remat)
+    graphdef, params = nn.split(model)
+    found = head_importance(model, TOKENS, lambda logits: row_losses(logits).sum())
+    assert found.shape == (L, N) and nn.split(model)[0] == graphdef
+    # A factor of a head's output is one of its rows of the projection after it.
+    slopes = jax.jacobian(lambda params: row_losses(nn.merge(graphdef, params)(TOKENS)))(params)
+    for layer in range(L):
+        kernel = params["blocks"][layer]["mixer"]["out"]["kernel"]
+        changes = (slopes["blocks"][layer]["mixer"]["out"]["kernel"] * kernel).reshape(B, N, -1)
+        assert_close(found[layer], np.abs(changes.sum(-1)).mean(0), scale=100)
+
+
+def test_the_gradient_of_a_weight_is_what_the_loss_changes_by():
+    def loss(logits):
+        return row_losses(logits).sum()
+
+    model = decoder()
+    graphdef, _ = nn.split(model)
+    maps, gradients = attention_gradients(model, TOKENS, loss)
+    assert maps.shape == gradients.shape == (L, B, N, T, T) and nn.split(model)[0] == graphdef
+    assert_close(maps, attention_maps(model, TOKENS))
+    # A head's output is linear in its weights: scaling all of them scales it.
+    of_heads = np.abs(np.einsum("lbnts,lbnts->lbn", maps, gradients)).mean(1)
+    assert_close(of_heads, head_importance(model, TOKENS, loss), scale=100)
+    # One weight of the last layer, by hand: what it adds to the residual stream is its value.
+    x = jnp.asarray(model.embed(TOKENS))
+    for block in model.blocks[:-1]:
+        x = block(x, mask=ops.masks.Causal())
+    block, t, s, head = model.blocks[-1], 3, 1, 4
+    value = block.mixer.project(block.mixer_norm(x))[2][0, s, head // 2]  # two heads share one
+    added = value @ block.mixer.out.kernel[...].reshape(N, -1, 12)[head]
+
+    def of_weight(change):
+        after = x + block.mixer(block.mixer_norm(x), mask=ops.masks.Causal())
+        after = after.at[0, t].add(change * added)
+        after = after + block.feed_forward(block.feed_forward_norm(after))
+        return loss(model.logits(after))
+
+    assert_close(gradients[-1, 0, head, t, s], jax.grad(of_weight)(0.0), scale=100)
+
+
+def test_an_encoders_heads_matter_to_the_model_around_it():
+    config = EncoderConfig(vocab_size=V, context=T, num_layers=L, width=12, num_heads=N)
+    model = randomised(MaskedLanguageModel(config, rngs=nnx.Rngs(0)))
+    found = head_importance(model, TOKENS, lambda logits: row_losses(logits).sum())
+    maps, gradients = attention_gradients(model, TOKENS, lambda logits: row_losses(logits).sum())
+    assert_close(np.abs(np.einsum("lbnts,lbnts->lbn", maps, gradients)).mean(1), found, scale=100)
+
+
+def test_a_mixer_without_an_op_has_no_heads_of_importance():
+    model = decoder(mixer="attention,lstm", num_kv_heads=None)
+    with pytest.raises(NotImplementedError, match="head_importance: layer 1, LSTM, has no heads"):
+        head_importance(model, TOKENS, jnp.sum)
 
 
 S, LENGTHS = 7, np.array([7, 3])
