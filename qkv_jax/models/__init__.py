@@ -11,11 +11,13 @@ from qkv_jax.models.encoder import (
     SpanClassifier,
 )
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from qkv_jax.models.lens import logit_lens
 from qkv_jax.models.maps import (
     alignment_maps,
     attention_gradients,
     attention_inputs,
     attention_maps,
+    encoder_decoder_maps,
     head_importance,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
@@ -41,8 +43,10 @@ __all__ = [
     "attention_gradients",
     "attention_inputs",
     "attention_maps",
+    "encoder_decoder_maps",
     "head_importance",
     "interpolate_positions",
+    "logit_lens",
     "measures",
     "state_size",
 ]

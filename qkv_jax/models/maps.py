@@ -99,6 +99,33 @@ def alignment_maps(
     return jnp.stack(maps)
 
 
+def encoder_decoder_maps(
+    model: EncoderDecoder, source: jax.Array, target_in: jax.Array
+) -> dict[str, jax.Array]:
+    """The weights of both stacks' attention to themselves: "encoder" and "decoder".
+
+    What the decoder gives to the encoder's tokens is `alignment_maps`.
+
+    Args:
+      model: it comes back as it was.
+      source, target_in: as for a call, without padding.
+
+    Returns:
+      float32 [L, B, N, S, S] and [L, B, N, T, T].
+
+    Raises:
+      NotImplementedError: a layer's mixer has no attention weights.
+    """
+    found = {}
+    for name, stack in (("encoder", model), ("decoder", model.decoder)):
+        mixers = [block.mixer for block in stack.blocks]
+        missing = f"encoder_decoder_maps, {name}", WEIGHTS[1]
+        with _without_remat(stack), _watched(mixers, _weights, missing) as maps:
+            model(source, target_in)
+        found[name] = jnp.stack(maps)
+    return found
+
+
 def attention_gradients(
     model: nnx.Module, tokens: jax.Array, loss: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
