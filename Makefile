@@ -40,11 +40,12 @@ bench: $(venv)/.installed-requirements  ## time what the README's tables claim
 results: $(venv)/.installed-requirements  ## write the README's table of studies from results/
 	$(script) experiments.results
 
-test: $(venv)/.installed-requirements-test  ## run the tests, except the slow ones and the oracles
-	$(quick) $(pytest) -m "not slow and not oracle" $(ARGS)
+test: $(venv)/.installed-requirements-test  ## run the tests, except those that `make test-all` adds
+	$(quick) $(pytest) -m "not slow and not oracle and not browser" $(ARGS)
 
 test-all: $(venv)/.installed-requirements-docs
-test-all: $(venv)/.installed-requirements-oracle  ## run all tests, also against PyTorch
+test-all: $(venv)/.installed-requirements-browser
+test-all: $(venv)/.installed-requirements-oracle  ## run all tests: slow, against PyTorch, in a browser
 	$(pytest) $(ARGS)
 
 lint: $(venv)/.installed-requirements-test  ## check the code's format, and for common mistakes

@@ -1,9 +1,11 @@
-"""Pictures of attention and of training: matplotlib figures that need no display.
+"""Pictures of attention and of training: matplotlib figures that need no display, and a page.
 
-Every function returns a `matplotlib.figure.Figure` that no global state knows of; `save_figure`
-writes it. Importing this package does not import matplotlib: drawing does.
+Every function but `attention_page`, which returns HTML, returns a `matplotlib.figure.Figure` that
+no global state knows of; `save_figure` writes it. Importing this package does not import
+matplotlib: drawing does.
 """
 
+from qkv_jax.viz.attention_page import AttentionView, PageTable, attention_page
 from qkv_jax.viz.block_map import block_map
 from qkv_jax.viz.curves import loss_curve
 from qkv_jax.viz.dots import Dots, dots_figure
@@ -13,9 +15,12 @@ from qkv_jax.viz.panels import Panel, lines_figure
 from qkv_jax.viz.style import save_figure, visible
 
 __all__ = [
+    "AttentionView",
     "Dots",
+    "PageTable",
     "Panel",
     "attention_heatmap",
+    "attention_page",
     "block_map",
     "dots_figure",
     "heads_figure",

@@ -1,0 +1,98 @@
+"""A page of attention: it holds what it was given, as data, and loads nothing."""
+
+import base64
+import dataclasses
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from qkv_jax.viz import AttentionView, PageTable, attention_page
+
+L, N, T, S, K, H = 3, 4, 5, 7, 2, 6
+RNG = np.random.RandomState(0)
+RAW = RNG.rand(L, N, T, S) ** 4
+WEIGHTS = (RAW / RAW.sum(-1, keepdims=True)).astype("f")
+QUERIES, KEYS = list("abcde"), [f"k{s}" for s in range(S)]
+VIEW = AttentionView(
+    "cross", WEIGHTS, QUERIES, KEYS, RNG.randn(L, T, N, H), RNG.randn(L, S, K, H),
+    {"entropy": RNG.rand(L, N)},
+)  # fmt: skip
+EVIL = '</script><script>alert("x")</script><!-- $title & "quotes" 私'
+
+
+def data_of(page):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(text)
+
+
+def unpacked(text, dtype):
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+
+
+def test_weights_are_kept_to_half_a_level():
+    (view,) = data_of(attention_page([VIEW], title="t"))["views"]
+    levels = view["levels"]
+    assert levels == 255 and view["shape"] == [L, N, T, S] and not view["self"]
+    kept = unpacked(view["cells"], np.uint8).reshape(L, N, T, S) / levels
+    np.testing.assert_allclose(kept, np.sqrt(WEIGHTS), atol=0.5 / levels + 1e-6)
+    assert (view["queries"], view["keys"]) == (QUERIES, KEYS)
+
+
+def test_queries_and_keys_are_kept_head_by_head():
+    (view,) = data_of(attention_page([VIEW], title="t"))["views"]
+    q = unpacked(view["q"], np.float32).reshape(L, N, T, H)
+    k = unpacked(view["k"], np.float32).reshape(L, N, S, H)
+    np.testing.assert_allclose(q, np.moveaxis(VIEW.q, 2, 1), rtol=4e-3)
+    for head in range(N):  # two heads share the keys of one
+        np.testing.assert_allclose(k[:, head], VIEW.k[:, :, head // 2], rtol=4e-3)
+
+
+def test_a_page_that_would_be_too_large_has_fewer_levels_and_no_products():
+    short, long = (RNG.dirichlet(np.ones(T), (2, 4, T)).astype("f") for T in (40, 300))
+    q = RNG.randn(2, 300, 4, 512)
+    page = attention_page([AttentionView("long", long, ["x"] * 300, q=q, k=q)], title="t")
+    (view,) = data_of(page)["views"]
+    assert view["levels"] < 255 and len(view["cells"]) <= 0.6 * long.size
+    assert view["q"] is None and "too long" in view["why_no_product"]
+    (view,) = data_of(attention_page([AttentionView("s", short, ["x"] * 40)], title="t"))["views"]
+    assert view["levels"] == 255
+
+
+def test_what_a_text_says_stays_text():
+    table = PageTable(EVIL, EVIL, [EVIL], [[EVIL]], [0])
+    view = dataclasses.replace(VIEW, name=EVIL, queries=[EVIL] * T, measures={EVIL: RNG.rand(L, N)})
+    page = attention_page([view], title=EVIL, about=EVIL, tables=[table])
+    assert page.count("<script") == 2 == page.count("</script>")  # its own
+    assert "<!--" not in page and "<title>&lt;/script&gt;" in page
+    data = data_of(page)
+    assert data["views"][0]["queries"] == [EVIL] * T and data["tables"][0]["rows"] == [[EVIL]]
+
+
+def test_nothing_is_loaded():
+    page = attention_page([VIEW], title="t")
+    assert "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_a_measure_that_is_not_a_number_is_none():
+    measures = {"induction": [[np.nan] * N] * L}
+    page = attention_page([dataclasses.replace(VIEW, measures=measures)], title="t")
+    assert data_of(page)["views"][0]["measures"] == {"induction": [[None] * N] * L}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"queries": ["a"]}, r"weights of 'cross': wanted \[L, N, 1, 7\] .* got \[3, 4, 5, 7\]"),
+    ({"keys": None}, r"weights of 'cross': wanted \[L, N, 5, 5\]"),
+    ({"weights": -WEIGHTS}, r"weights of 'cross': wanted numbers in \[0, 1\], got -0"),
+    ({"weights": WEIGHTS * np.nan}, r"weights of 'cross': wanted numbers in \[0, 1\], got nan"),
+    ({"measures": {"m": [1.0]}}, r"measures\['m'\] of 'cross': wanted \[L, N\] = \(3, 4\), got"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention_page([dataclasses.replace(VIEW, **change)], title="t")
+    with pytest.raises(ValueError, match="views: wanted at least one"):
+        attention_page([], title="t")
