@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -33,6 +34,23 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # pairs in the sample
 LONGEST_EXAMPLE = 24  # tokens of the sentences whose alignment is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledPair:
+    """A sentence and its translation, as a model reads them.
+
+    Args:
+      source: integers [1, S].
+      target_in: integers [1, T]: the target, moved on by one.
+      source_labels, read_labels, target_labels: what the source, `target_in` and the target say.
+    """
+
+    source: np.ndarray
+    target_in: np.ndarray
+    source_labels: list[str]
+    read_labels: list[str]
+    target_labels: list[str]
 
 
 def predict_targets(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
@@ -190,15 +208,21 @@ class Translation(Task):
         Raises:
           ValueError: it is empty or too long, or holds what the tokenizer does not know.
         """
+        _, tokens = self._translated(graphdef, params, sentence)
+        return self._sentence(tokens)
+
+    def _translated(
+        self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str
+    ) -> tuple[data.TokenPairs, np.ndarray]:
+        """A sentence in tokens, and the tokens of its translation."""
         if not sentence.strip():
             raise ValueError("prompt: wanted a sentence to translate, got none")
-        pair = data.Pairs("prompt", (sentence,), (sentence,), "the prompt")
-        one = self._encode(pair)
+        one = self._encode(data.Pairs("prompt", (sentence,), (sentence,), "the prompt"))
         tokens = inference.translate(
             graphdef, params, one.sources, one.source_lengths, begin=self.begin, end=self.end,
             num_tokens=self.settings.data.context,
         )  # fmt: skip
-        return self._sentence(np.asarray(tokens)[0])
+        return one, np.asarray(tokens)[0]
 
     def describe(self, scores: dict[str, float]) -> list[str]:
         about = (
@@ -239,27 +263,43 @@ class Translation(Task):
         }
 
     def alignment(self, model: nnx.Module) -> tuple[np.ndarray, list[str], list[str]]:
-        """Weights [L, N, T, S] for the longest pair that is not too long to be read, and labels.
+        """Weights [L, N, T, S] for `example_pair`, and labels of targets and sources.
 
         Row t is what the model looks at as it is to write target token t.
 
         Raises:
           NotImplementedError: the model has no attention to the source.
         """
+        pair = self.example_pair()
+        maps = alignment_maps(model, pair.source, pair.target_in)
+        return np.asarray(maps)[:, 0], pair.target_labels, pair.source_labels
+
+    def example_pair(self) -> LabelledPair:
+        """The longest pair to test on that is not too long to be read."""
         *_, test = self._parts
         both = np.maximum(test.source_lengths, test.target_lengths)
         row = int(np.argmax(np.where(both <= LONGEST_EXAMPLE, test.source_lengths, 0)))
         batch = test.batch(np.array([row]))
         S, T = test.source_lengths[row], test.target_lengths[row]
-        maps = alignment_maps(model, batch["sources"][:, :S], batch["target_in"][:, :T])
-        return (
-            np.asarray(maps)[:, 0],
-            [self._label(token) for token in batch["targets"][0, :T]],
-            [self._label(token) for token in batch["sources"][0, :S]],
-        )
+        return self._labelled(batch["sources"][:, :S], batch["targets"][:, :T])
+
+    def translated_pair(
+        self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str
+    ) -> LabelledPair:
+        """A sentence and what a trained model makes of it; errors as in `translate`."""
+        one, tokens = self._translated(graphdef, params, sentence)
+        length = int(np.flatnonzero(tokens == self.end)[0]) + 1 if self.end in tokens else None
+        return self._labelled(one.sources[:, : one.source_lengths[0]], tokens[None, :length])
+
+    def _labelled(self, source: np.ndarray, target: np.ndarray) -> LabelledPair:
+        target_in = np.concatenate([[[self.begin]], target[:, :-1]], axis=1)
+        return LabelledPair(source, target_in, *(
+            [self._label(token) for token in row[0]] for row in (source, target_in, target)
+        ))  # fmt: skip
 
     def _label(self, token: int) -> str:
-        return "end" if token == self.end else self.tokenizer.decode(np.array([token]))
+        named = {self.begin: "begin", self.end: "end"}
+        return named.get(int(token)) or self.tokenizer.decode(np.array([token]))
 
     def state_size(self, model: nnx.Module) -> int:
         train, *_ = self._parts

@@ -1,0 +1,213 @@
+"""What a trained run's heads look at in a text: weights, measures and tables, for a page."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.setup import TrainedRun
+from experiments.tasks import TextTask, Translation
+from qkv_jax import models, nn
+from qkv_jax.models import Decoder, EncoderDecoder, measures
+from qkv_jax.viz import AttentionView, PageTable, visible
+
+LENS_TOKENS = 200  # rows of the lens's table: a page is no place for more
+BEFORE = 24  # characters that stand before a token in the table of the worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What a page shows of one run."""
+
+    views: list[AttentionView]
+    tables: list[PageTable]
+
+
+def look(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
+    """The attention of a trained run to a text, or to its task's own example.
+
+    Args:
+      trained: the run.
+      text: to read, or to translate; None: the example that the run's report shows.
+      worst: how many of the tokens that a language model predicts worst are listed.
+
+    Raises:
+      ValueError: the text cannot be read by this model, or there is no example.
+      NotImplementedError: the model has no attention weights.
+    """
+    model = nn.merge(trained.graphdef, trained.params)
+    if isinstance(trained.task, Translation):
+        _no_worst(trained, worst)
+        return Looked(_translation(trained, model, text), [])
+    tokens, labels = _read(trained, text)
+    stack = trained.task.stack(model)
+    maps = models.attention_maps(stack, tokens[None])
+    decodes = isinstance(trained.task, TextTask) and trained.task.continues_text
+    if not decodes:
+        _no_worst(trained, worst)
+    found = measures_of(maps, tokens, causal=isinstance(stack, Decoder))
+    tables, views = [], []
+    if decodes and len(tokens) > 1:
+        found["importance"] = models.head_importance(model, tokens[None], _loss(tokens))
+        tables = [_lens(trained.task, model, tokens, labels)]
+        if worst:
+            tables.insert(0, _worst(trained.task, model, tokens, labels, worst))
+        views.append(_influence(model, tokens, labels))
+    views.insert(
+        0, AttentionView("attention", maps[:, 0], labels, measures=found, **_inputs(stack, tokens))
+    )
+    mixed = measures.rollout(maps)
+    views.append(AttentionView("rollout, all heads and the layers so far", mixed, labels))
+    return Looked(views, tables)
+
+
+def measures_of(maps: jax.Array, tokens: np.ndarray, *, causal: bool) -> dict[str, np.ndarray]:
+    """The measures of heads that weights alone tell, [L, N], by their names on the page."""
+    found = {
+        "entropy, nats": measures.entropy(maps),
+        "mean distance, tokens": measures.mean_distance(maps),
+        "to the token before": measures.previous_token(maps),
+        "to the first token": measures.first_token(maps),
+    }
+    if causal:
+        found["induction (prefix matching)"] = measures.prefix_matching(maps, tokens[None])
+    return {name: np.asarray(values) for name, values in found.items()}
+
+
+def _no_worst(trained: TrainedRun, worst: int) -> None:
+    if worst:
+        raise ValueError(
+            f"worst: wanted a model that continues a text, got {trained.task.kind.lower()} in "
+            f"{trained.run.path}"
+        )
+
+
+def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]:
+    """Ids [T] of a text or of the task's example, and what they say."""
+    task, context = trained.task, trained.settings.data.context
+    if text is None:
+        example = task.example()
+        if example is None:
+            raise ValueError(f"workdir: the task of {trained.run.path} has no example to look at")
+        return np.asarray(example.tokens, np.int32), list(example.labels)
+    if not isinstance(task, TextTask):
+        raise ValueError(
+            f"text: {trained.run.path} holds a model of {task.source}, which reads no text; leave "
+            "it out to see the task's own example"
+        )
+    if not text:
+        raise ValueError("text: wanted at least one character, got none")
+    tokens = task.tokenizer.encode(text).astype(np.int32)
+    if len(tokens) > context:
+        raise ValueError(
+            f"text: the model reads {context} tokens at a time, this text has {len(tokens):,}; "
+            "wanted a shorter one, such as its beginning by --num_tokens"
+        )
+    return tokens, [task.tokenizer.decode(token[None]) for token in tokens]
+
+
+def cut(trained: TrainedRun, text: str, num_tokens: int) -> str:
+    """The beginning of a text: so many of a run's tokens."""
+    tokenizer = getattr(trained.task, "tokenizer", None)
+    if tokenizer is None:
+        return text
+    return tokenizer.decode(tokenizer.encode(text)[:num_tokens])
+
+
+def _inputs(stack: nnx.Module, tokens: np.ndarray) -> dict[str, jax.Array]:
+    """Queries and keys of all layers, where they have one shape."""
+    try:
+        q, k, _ = models.attention_inputs(stack, tokens[None])
+    except (NotImplementedError, ValueError):
+        return {}
+    return {"q": q[:, 0], "k": k[:, 0]}
+
+
+def _loss(tokens: np.ndarray):
+    """Of logits [1, T, V]: the sum, in nats, of what each token costs after those before it."""
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return _costs(logits, tokens).sum()
+
+    return loss
+
+
+def _costs(logits: jax.Array, tokens: np.ndarray) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits[0, :-1], jnp.asarray(tokens[1:]))
+
+
+def _influence(model: nnx.Module, tokens: np.ndarray, labels: Sequence[str]) -> AttentionView:
+    """By how much the text would cost more without each weight, to first order."""
+    maps, gradients = models.attention_gradients(model, tokens[None], _loss(tokens))
+    helped = np.maximum(-np.asarray(maps * gradients), 0)[:, 0]
+    largest = helped.max() or 1.0
+    return AttentionView("gradient x attention: what lowered the loss", helped / largest, labels)
+
+
+def _lens(task: TextTask, model: Decoder, tokens: np.ndarray, labels: Sequence[str]) -> PageTable:
+    """What the model would say next after each layer."""
+    columns = []
+    for logits in models.logit_lens(model, tokens[None, :LENS_TOKENS]):
+        chances = jax.nn.softmax(logits[0])
+        best = np.asarray(chances.argmax(-1))
+        words = [visible(task.tokenizer.decode(token[None])) for token in best]
+        columns.append([f"{w} {c:.0%}" for w, c in zip(words, chances.max(-1), strict=True)])
+    shown = range(min(len(tokens), LENS_TOKENS))
+    return PageTable(
+        "Logit lens",
+        "What would come next, if the model ended after so many of its layers, and how sure it is. "
+        "A click opens the row's token.",
+        ["after", *(f"layer {layer}" if layer else "embedding" for layer in range(len(columns)))],
+        [[f"{i + 1}  {visible(labels[i])}", *(column[i] for column in columns)] for i in shown],
+        list(shown),
+    )
+
+
+def _worst(
+    task: TextTask, model: Decoder, tokens: np.ndarray, labels: Sequence[str], number: int
+) -> PageTable:
+    """The tokens that the model predicts worst, each with what it expected instead."""
+    logits = model(tokens[None])
+    costs = np.asarray(_costs(logits, tokens))
+    chances = np.asarray(jax.nn.softmax(logits[0]))
+    rows, places = [], np.argsort(-costs)[:number]
+    for place in places:  # where the model stands when it is to say the token after it
+        expected = np.argsort(-chances[place])[:3]
+        rows.append([
+            str(place + 2),
+            visible("".join(labels[: place + 1])[-BEFORE:]),
+            visible(labels[place + 1]),
+            f"{costs[place]:.2f}",
+            ", ".join(
+                f"{visible(task.tokenizer.decode(token[None]))} {chances[place, token]:.0%}"
+                for token in expected
+            ),
+        ])  # fmt: skip
+    return PageTable(
+        f"The {len(rows)} tokens that were predicted worst",
+        "A click opens the attention of the token before, from which each was predicted.",
+        ["place", "after", "token", "nats", "expected"],
+        rows,
+        [int(place) for place in places],
+    )
+
+
+def _translation(trained: TrainedRun, model: nnx.Module, text: str | None) -> list[AttentionView]:
+    """The decoder's attention to the source, and both stacks' to themselves where they have one."""
+    task = trained.task
+    if text is None:
+        pair = task.example_pair()
+    else:
+        pair = task.translated_pair(trained.graphdef, trained.params, text)
+    maps = models.alignment_maps(model, pair.source, pair.target_in)[:, 0]
+    views = [AttentionView("decoder to source", maps, pair.target_labels, pair.source_labels)]
+    if isinstance(model, EncoderDecoder):
+        found = models.encoder_decoder_maps(model, pair.source, pair.target_in)
+        for name, labels in (("encoder", pair.source_labels), ("decoder", pair.read_labels)):
+            measured = measures_of(found[name], pair.target_in[0], causal=False)
+            views.append(AttentionView(name, found[name][:, 0], labels, measures=measured))
+    return views
