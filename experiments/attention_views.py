@@ -201,6 +201,8 @@ def _translation(trained: TrainedRun, model: nnx.Module, text: str | None) -> li
     task = trained.task
     if text is None:
         pair = task.example_pair()
+    elif not text.strip():
+        raise ValueError("text: wanted a sentence to translate, got none")
     else:
         pair = task.translated_pair(trained.graphdef, trained.params, text)
     maps = models.alignment_maps(model, pair.source, pair.target_in)[:, 0]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import setup
-from qkv_jax import data, nn
+from experiments.attention_views import look
+from qkv_jax import data, nn, viz
 from tests.experiments.runs import (
     TINY,
     assert_one_sentence,
@@ -120,6 +121,28 @@ def test_it_translates_a_prompt_without_its_data(runs, scripts):
 def test_what_cannot_be_translated_ends_in_one_sentence(runs, scripts, flags, words):
     workdir, _ = runs("recurrent")
     assert_one_sentence(scripts.run("generate", f"--workdir={workdir}", *flags), *words)
+
+
+@pytest.mark.parametrize(("kind", "names"), [
+    ("transformer", ["decoder to source", "encoder", "decoder"]),
+    ("recurrent", ["decoder to source"]),
+])  # fmt: skip
+@pytest.mark.parametrize("text", [None, "4 March 2017"])
+def test_a_page_shows_what_a_translation_looks_at(runs, kind, names, text):
+    workdir, _ = runs(kind)
+    looked = look(setup.load_run(str(workdir)), text)
+    assert [view.name for view in looked.views] == names
+    page = viz.attention_page(looked.views, title="translation")
+    assert all(name in page for name in names)
+    cross = looked.views[0]
+    if text is not None:
+        assert "".join(cross.keys).replace("end", "") == text
+    if kind == "transformer":
+        assert looked.views[2].queries == ["begin", *cross.queries[:-1]]
+    with pytest.raises(ValueError, match="worst: wanted a model that continues a text"):
+        look(setup.load_run(str(workdir)), text, worst=1)
+    with pytest.raises(ValueError, match="text: wanted a sentence to translate, got none"):
+        look(setup.load_run(str(workdir)), " ")
 
 
 def config_with(**fields):

@@ -25,7 +25,9 @@ from qkv_jax.models import (
     attention_gradients,
     attention_inputs,
     attention_maps,
+    encoder_decoder_maps,
     head_importance,
+    logit_lens,
 )
 from tests.parameters import randomised
 from tests.tolerances import assert_close
@@ -195,6 +197,37 @@ def test_alignments_are_weights_over_the_source_alone(kind, layers, heads):
     later[:, -1] = (later[:, -1] + 1) % V
     again = np.asarray(alignment_maps(model, SOURCE, later, source_lengths=LENGTHS))
     assert_close(again[..., :-1, :], maps[..., :-1, :])
+
+
+def test_both_stacks_of_a_translator_tell_their_weights():
+    model = randomised(seq2seq("transformer"))
+    found = encoder_decoder_maps(model, SOURCE, TOKENS)
+    encoder, decoder = (np.asarray(found[name]) for name in ("encoder", "decoder"))
+    assert encoder.shape[-2:] == (S, S) and decoder.shape[-2:] == (T, T)
+    x = model.embedding(SOURCE)
+    x = x if model.positions is None else x + model.positions(np.arange(S))
+    block = model.blocks[0]
+    seen = block.mixer_norm(x) if model.config.norm_position == "pre" else x
+    q, k, _ = block.mixer.project(seen)
+    assert_close(encoder[0], ops.attention_weights(q, k), scale=10)
+    assert (np.triu(decoder, 1) == 0).all() and (np.triu(encoder, 1) > 0).any()
+    for maps in (encoder, decoder):
+        assert_close(maps.sum(-1), np.ones(maps.shape[:-1]))
+
+
+def test_the_lens_ends_with_the_models_own_logits():
+    model = decoder()
+    lens = [np.asarray(logits) for logits in logit_lens(model, TOKENS)]
+    assert len(lens) == L + 1
+    assert_close(lens[-1], model(TOKENS), scale=10)
+    assert_close(lens[0], model.logits(model.embed(TOKENS)))
+    one = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0))
+    one.embedding, one.final_norm, one.blocks[0] = (
+        model.embedding,
+        model.final_norm,
+        model.blocks[0],
+    )
+    assert_close(lens[1], one(TOKENS), scale=10)
 
 
 def test_a_model_without_attention_has_no_alignments():
