@@ -5,8 +5,8 @@ no global state knows of; `save_figure` writes it. Importing this package does n
 matplotlib: drawing does.
 """
 
-from qkv_jax.viz.attention_page import AttentionView, PageTable, attention_page
 from qkv_jax.viz.block_map import block_map
+from qkv_jax.viz.browser import AttentionView, PageTable, attention_page
 from qkv_jax.viz.curves import loss_curve
 from qkv_jax.viz.dots import Dots, dots_figure
 from qkv_jax.viz.heatmap import attention_heatmap, heads_figure

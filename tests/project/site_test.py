@@ -18,6 +18,7 @@ PAGES = {
     "scores": "qkv_jax.ops.scores",
     "positions": "qkv_jax.ops.positions",
     "basic": "qkv_jax.ops.basic",
+    "measures": "qkv_jax.models.measures",
     **{
         area: f"qkv_jax.{area}" for area in ("nn", "models", "data", "training", "inference", "viz")
     },
