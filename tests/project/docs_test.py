@@ -9,13 +9,17 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 from configs import char_lm
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("README*.md")),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "api"),
+]
 
 
 def run(blocks: list[str]) -> str:
@@ -40,6 +44,37 @@ def test_the_code_of_the_readme_runs():
 
 def test_the_code_of_the_home_page_runs():
     blocks = python_blocks((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert blocks
+    run(blocks)
+
+
+@pytest.mark.parametrize("page", ["docs/qkv.md", "docs/ja/qkv.md"])
+def test_the_explanation_prints_what_it_shows(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    namespace: dict = {}
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```", text, re.M | re.S)
+    assert {language for language, _ in blocks} == {"python", "text"}
+    with np.printoptions():  # the page sets some
+        for language, block in blocks:
+            if language == "python":
+                with redirect_stdout(io.StringIO()) as printed:
+                    exec(compile(block, page, "exec"), namespace)
+            else:
+                shown = "".join(line.rstrip() + "\n" for line in printed.getvalue().splitlines())
+                assert shown == block
+
+
+def test_the_explanation_is_the_same_in_both_languages():
+    pages = [
+        (ROOT / page).read_text(encoding="utf-8") for page in ("docs/qkv.md", "docs/ja/qkv.md")
+    ]
+    english, japanese = ([len(block.splitlines()) for block in python_blocks(p)] for p in pages)
+    assert english == japanese
+    assert len(re.findall("^## ", pages[0], re.M)) == len(re.findall("^## ", pages[1], re.M))
+
+
+def test_the_code_of_the_japanese_readme_runs():
+    blocks = python_blocks((ROOT / "README.ja.md").read_text(encoding="utf-8"))
     assert blocks
     run(blocks)
 
