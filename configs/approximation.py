@@ -52,7 +52,7 @@ def get_config(size: str = "small") -> ConfigDict:
     base.train.eval_every = 10_000
     text, digits = {}, {"task": "digits", "data.context": 65, "data.validation_fraction": 0.2}
     if size == "small":
-        config.minutes = 18
+        config.minutes = 15
         config.differences = (
             "characters, 128 at a time, instead of words, 512", "2 layers of width 64 instead of "
             "BERT base", "blocks of 8 (digits: 4), of which 2 are drawn",

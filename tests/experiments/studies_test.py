@@ -415,7 +415,7 @@ def blocks(both=0.5):
         (estimated(slope=-0.5), blocks(), "1 / m"),
         (estimated(orthogonal=1.1), blocks(), "the gain of orthogonal features"),
         (estimated(small=8.0), blocks(), "positive features' small weights"),
-        (estimated(rank=1.5), blocks(), "the fall with the rank"),
+        (estimated(rank=1.5), blocks(), "the fall with the rank of Nystrom"),
         (
             estimated(), blocks(both=0.44),
             "random + window together (digits); random + window together (text)",
