@@ -25,22 +25,29 @@ def judge(lines: Sequence[Line]) -> Findings:
         for line in lines
     }
     late = {name: float(curve[len(curve) // 2 :].mean()) for name, curve in curves.items()}
-    gap = late[LOCAL] - late["full"]
-    recovered = {
-        name: (late[LOCAL] - loss) / gap if gap else 0.0
-        for name, loss in late.items()
-        if name not in ("full", LOCAL)
-    }
-    parts = {
-        "full attention's lead": gap > 0,
-        **{name: late[name] < late[LOCAL] for name in recovered},
-    }
+    behind = {name: loss - late[LOCAL] for name, loss in late.items() if name != LOCAL}
+    gap = -behind["full"]
     found = (
-        f"In the second half of the windows full attention is {gap:+.3f} nats per token ahead of "
-        "the window alone. Of that, "
-        + ", ".join(f"{name} recovers {share:.0%}" for name, share in recovered.items())
+        f"In the second half of the windows the window alone costs {late[LOCAL]:.3f} nats per "
+        "token; beside it: "
+        + ", ".join(f"{name} {difference:+.3f}" for name, difference in behind.items())
         + "."
     )
+    if gap > 0:
+        shares = {name: -loss / gap for name, loss in behind.items() if name != "full"}
+        found += " Of full attention's lead, " + ", ".join(
+            f"{name} recovers {share:.0%}" for name, share in shares.items()
+        )
+        found += "."
+    early = float((curves["full"] - curves[LOCAL])[:FIRST].mean())
+    found += (
+        f" On the first {FIRST} tokens, of which both see all, full attention is {early:+.3f} from "
+        "the window: what it is behind there, it has learnt less."
+    )
+    parts = {
+        "full attention's lead": gap > 0,
+        **{f"the gain of {name}": loss < 0 for name, loss in behind.items() if name != "full"},
+    }
     return Findings(
         parts=parts,
         ours="nats per token, first / second half of the windows: "

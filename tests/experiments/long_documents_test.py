@@ -19,9 +19,9 @@ def curves(full, memory, segment=1.95, state=1.9):
     "look, holds, words",
     [
         (curves(1.8, 1.9), True, "window and memory recovers 50%"),
-        (curves(1.8, 2.1), False, "Not as claimed: window and memory."),
-        (curves(2.1, 1.9), False, "-0.100 nats per token ahead"),
-        (curves(2.0, 1.9), False, "+0.000 nats"),
+        (curves(1.8, 2.1), False, "Not as claimed: the gain of window and memory."),
+        (curves(2.1, 1.9), False, "beside it: full +0.100"),
+        (curves(2.0, 1.9), False, "full +0.000, window and memory -0.100"),
     ],
 )
 def test_long_documents_are_judged_by_their_second_half(tmp_path, monkeypatch, look, holds, words):
@@ -29,6 +29,8 @@ def test_long_documents_are_judged_by_their_second_half(tmp_path, monkeypatch, l
     _, _, findings = judged("long_documents", tmp_path, result_of)
     assert findings.holds == holds and words in findings.margin, findings.margin
     assert "window 2.500 / 2.000" in findings.ours
+    assert ("recovers" in findings.margin) == ("beside it: full -" in findings.margin)
+    assert "full attention is +0.000 from the window" in findings.margin
 
 
 def test_the_mean_over_positions_is_the_loss(scripts, tmp_path):
