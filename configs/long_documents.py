@@ -33,7 +33,7 @@ def get_config(size: str = "small") -> ConfigDict:
         "gradients reach back through a carried segment",
     )
     if size == "small":
-        config.minutes = 20
+        config.minutes = 19
         config.differences = (*shared, "0.7 M parameters, 3,072 tokens: some 9,000 characters")
         config.seeds = (0,)
         base.data.update(vocab_size=1024, context=3072)

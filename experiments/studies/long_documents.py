@@ -16,6 +16,11 @@ from qkv_jax.viz import Panel
 FIRST = 64  # tokens in the first of the groups of positions, which double from there
 WINDOWS = 24  # long windows that are read
 LOCAL = "window"  # the run that sees nothing else
+NOTE = (
+    "Likely reason where full attention is behind: too few steps. A window is told what is near; "
+    "full attention must learn to leave out thousands of keys, and has not when training ends. "
+    "Without norms of queries and keys, which bound its logits, it learns no faster."
+)
 
 
 def judge(lines: Sequence[Line]) -> Findings:
@@ -57,6 +62,7 @@ def judge(lines: Sequence[Line]) -> Findings:
         ),
         found=found,
         figures={"position": _figure(curves)},
+        notes=(NOTE,),
         captions={
             "position": "Claimed: with full attention the loss goes on falling, with a window "
             "alone it stops where the window is full, and the others lie between. Each point is "
