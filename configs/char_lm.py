@@ -77,13 +77,16 @@ def get_config() -> ConfigDict:
     model.mlp_width = placeholder(int)  # F; None: 4 * width; 0: attention (or what mixes) alone
     model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
     model.norm = "rms"  # layer | rms | none
+    model.norm_epsilon = placeholder(float)  # None: 1e-5 for layer, 1e-6 for rms
     model.norm_position = "pre"  # pre | post
     model.position = "rotary"  # learned | sinusoidal | rotary | alibi | relative (T5) | none
     model.rotary_base = 10_000.0
     model.relative_buckets = 32  # of T5's distances
     model.relative_distance = 128  # from here on all keys share the last of them
+    model.rotary_scaling = placeholder(tuple)  # Llama 3.1's: factor, turns from, to, old length
     model.qk_norm = True  # normalise queries and keys per head
     model.use_bias = False  # biases in projections and layer norms
+    model.qkv_bias = placeholder(bool)  # in those to queries, keys and values; None: use_bias
     model.share_kv = False  # one projection for keys and values
     model.share_qk = False  # one projection for queries and keys
     model.tie_embeddings = False  # output head = token embedding transposed

@@ -36,8 +36,8 @@ def out_init(config: TransformerConfig) -> Initializer:
 def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:
     """Makes the norms that the config asks for."""
     return functools.partial(
-        nn.make_norm, config.norm, config.width, use_bias=config.use_bias, dtype=config.dtype,
-        rngs=rngs,
+        nn.make_norm, config.norm, config.width, use_bias=config.use_bias,
+        epsilon=config.norm_epsilon, dtype=config.dtype, rngs=rngs,
     )  # fmt: skip
 
 
@@ -115,7 +115,8 @@ def make_cross_attention(config: TransformerConfig, rngs: nnx.Rngs) -> nn.MultiH
     """What reads the encoder's output: with the sizes of the mixers, but without positions."""
     return nn.MultiHeadAttention(
         config.width, config.num_heads, **{name: getattr(config, name) for name in HEADS},
-        use_bias=config.use_bias, qk_norm=config.qk_norm, scale=config.attention_scale,
+        use_bias=config.use_bias, qkv_bias=config.qkv_bias, qk_norm=config.qk_norm,
+        norm_epsilon=config.norm_epsilon, scale=config.attention_scale,
         dropout_rate=config.dropout_rate, kernel_init=kernel_init(config),
         out_init=out_init(config), dtype=config.dtype, rngs=rngs,
     )  # fmt: skip

@@ -41,13 +41,16 @@ class TransformerConfig:
     mlp_width: int | None = None  # F; 0: blocks without a feed-forward network
     activation: str = "gelu"
     norm: str = "layer"
+    norm_epsilon: float | None = None  # None: 1e-5 for "layer", 1e-6 for "rms"
     norm_position: str = "pre"
     position: str = "learned"
     rotary_base: float = 10_000.0
+    rotary_scaling: tuple[float, ...] | None = None  # of `ops.positions.llama3_frequencies`
     relative_buckets: int = 32
     relative_distance: int = 128  # from here on, all keys share the last bucket
     qk_norm: bool = False
     use_bias: bool = True
+    qkv_bias: bool | None = None  # of the projections to queries, keys and values; None: use_bias
     share_kv: bool = False
     share_qk: bool = False
     tie_embeddings: bool = True
@@ -104,6 +107,16 @@ class TransformerConfig:
                 "model.position: rotary needs an even model.head_dim, "
                 f"got model.head_dim = {self.attention_dim}"
             )
+        if self.rotary_scaling is not None and len(self.rotary_scaling) != 4:
+            raise ValueError(
+                "model.rotary_scaling: wanted four numbers (factor, low turns, high turns, "
+                f"original length), got {self.rotary_scaling}"
+            )
+        if self.rotary_scaling is not None and self.position != "rotary":
+            raise ValueError(
+                f"model.rotary_scaling: {self.rotary_scaling} was set, but model.position = "
+                f"{self.position!r} has no frequencies"
+            )
         if self.position == "sinusoidal" and self.width % 2:
             raise ValueError(
                 f"model.width: sinusoidal positions need an even one, got {self.width}"
@@ -117,7 +130,7 @@ class TransformerConfig:
                 "model.relative_distance: wanted more than model.relative_buckets / 2 = "
                 f"{self.relative_buckets // 2}, got {self.relative_distance}"
             )
-        for name in ("attention_scale", "init_std"):
+        for name in ("attention_scale", "init_std", "norm_epsilon"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"model.{name}: wanted a number > 0, got {value}")

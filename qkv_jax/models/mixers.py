@@ -22,8 +22,8 @@ HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
 # may mix layers that want them with layers that know order by themselves.
 SETTINGS = (
-    *HEADS, "attention_scale", "window", "block_size", "num_blocks", "num_global", "num_random",
-    "window_blocks", "top_k", "num_features", "rank", "conv_width", "chunk_size",
+    *HEADS, "attention_scale", "rotary_scaling", "window", "block_size", "num_blocks", "num_global",
+    "num_random", "window_blocks", "top_k", "num_features", "rank", "conv_width", "chunk_size",
 )  # fmt: skip
 
 
@@ -81,14 +81,19 @@ def _attention(
             config.num_heads,
             **{name: getattr(config, name) for name in heads},
             use_bias=config.use_bias,
+            qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
+            norm_epsilon=config.norm_epsilon,
             rotary_base=_rotary_base(config, layer),
+            rotary_scaling=config.rotary_scaling,
             dropout_rate=config.dropout_rate,
             **own,
             **shared,
         )
 
     settings = _fields(fields) + (_fields(op.fields) if isinstance(op, Op) else ())
+    if not (isinstance(op, Op) and "rotary_base" in op.fields):  # that rotates by itself
+        settings += ("rotary_scaling",)
     return Mixer(make, (*heads, *reads, *settings), causal, bidirectional)
 
 

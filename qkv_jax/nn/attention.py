@@ -1,6 +1,6 @@
 """Multi-head attention: the parameters around an attention op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from qkv_jax import ops
+from qkv_jax.nn.block import make_norm
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.scores import Score
@@ -30,9 +31,13 @@ class MultiHeadAttention(nnx.Module):
       head_dim: H = h, by default width / num_heads.
       context_width: width of what keys and values are made from, by default `width`.
       use_bias: whether the four projections have biases.
+      qkv_bias: whether the three projections in have biases; None: as `use_bias` says.
       qk_norm: normalise each query and key (RMS, with a learned scale [H]) before the rotation
         (Henry et al. 2020, arxiv.org/abs/2010.04245).
+      norm_epsilon: of those norms.
       rotary_base: base of the rotary position embedding on queries and keys; None: no rotation.
+      rotary_scaling: what `ops.positions.llama3_frequencies` takes after width and base; None: the
+        frequencies of the base.
       share_kv: one projection makes keys and values.
       share_qk: one projection makes queries and keys.
       scale: factor of the logits; None: the op's own, which is 1 / sqrt(H) for `ops.attention`.
@@ -56,8 +61,11 @@ class MultiHeadAttention(nnx.Module):
         head_dim: int | None = None,
         context_width: int | None = None,
         use_bias: bool = False,
+        qkv_bias: bool | None = None,
         qk_norm: bool = False,
+        norm_epsilon: float | None = None,
         rotary_base: float | None = None,
+        rotary_scaling: Sequence[float] | None = None,
         share_kv: bool = False,
         share_qk: bool = False,
         scale: float | None = None,
@@ -82,12 +90,15 @@ class MultiHeadAttention(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = width // num_heads if head_dim is None else head_dim
         self.rotary_base = rotary_base
+        self.rotary_scaling = None if rotary_scaling is None else tuple(rotary_scaling)
         self.rotary_factor = 1.0  # divides positions: more than 1 for longer texts than trained on
         self.scale = scale
         self.dropout_rate = dropout_rate
         self.op = op
 
-        def linear(inputs: int, outputs: int, init: Initializer) -> Linear:
+        qkv_bias = use_bias if qkv_bias is None else qkv_bias
+
+        def linear(inputs: int, outputs: int, init: Initializer, use_bias: bool) -> Linear:
             return Linear(
                 inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype,
                 param_dtype=param_dtype, rngs=rngs,
@@ -96,14 +107,17 @@ class MultiHeadAttention(nnx.Module):
         def norm() -> nnx.RMSNorm | None:
             if not qk_norm:
                 return None
-            return nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return make_norm(
+                "rms", self.head_dim, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype,
+                rngs=rngs,
+            )  # fmt: skip
 
         inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.query = linear(width, inner, kernel_init)
-        self.key = None if share_qk else linear(context_width, kv_inner, kernel_init)
-        self.value = None if share_kv else linear(context_width, kv_inner, kernel_init)
+        self.query = linear(width, inner, kernel_init, qkv_bias)
+        self.key = None if share_qk else linear(context_width, kv_inner, kernel_init, qkv_bias)
+        self.value = None if share_kv else linear(context_width, kv_inner, kernel_init, qkv_bias)
         self.query_norm, self.key_norm = norm(), norm()
-        self.out = linear(inner, width, out_init)
+        self.out = linear(inner, width, out_init, use_bias)
 
     def __call__(
         self,
@@ -151,9 +165,13 @@ class MultiHeadAttention(nnx.Module):
         return self.out(out.reshape(B, T, -1))
 
     def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
-        frequencies = ops.positions.linear_interpolation(
-            ops.positions.rotary_frequencies(self.head_dim, self.rotary_base), self.rotary_factor
-        )
+        if self.rotary_scaling is None:
+            frequencies = ops.positions.rotary_frequencies(self.head_dim, self.rotary_base)
+        else:
+            frequencies = ops.positions.llama3_frequencies(
+                self.head_dim, self.rotary_base, *self.rotary_scaling
+            )
+        frequencies = ops.positions.linear_interpolation(frequencies, self.rotary_factor)
         return ops.positions.rotary(x, _or_range(positions, x), frequencies=frequencies)
 
     def attend(

@@ -16,20 +16,26 @@ def make_norm(
     width: int,
     *,
     use_bias: bool = True,
+    epsilon: float | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
 ) -> Callable[[jax.Array], jax.Array]:
     """The norm called "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019) of `width`.
 
-    "none" is the identity.
+    "none" is the identity. What is added to the variance is by default 1e-5 for "layer", 1e-6 for
+    "rms".
     """
     if name == "layer":
         return nnx.LayerNorm(
-            width, epsilon=1e-5, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+            width, epsilon=1e-5 if epsilon is None else epsilon, use_bias=use_bias, dtype=dtype,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
     if name == "rms":
-        return nnx.RMSNorm(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        return nnx.RMSNorm(
+            width, epsilon=1e-6 if epsilon is None else epsilon, dtype=dtype,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
     if name == "none":
         return _unchanged
     raise ValueError(f"norm: wanted one of {list(NORMS)}, got {name!r}")

@@ -115,6 +115,46 @@ def linear_interpolation(frequencies: Array, factor: float) -> Array:
     return frequencies / factor
 
 
+def llama3_frequencies(
+    width: int,
+    base: float,
+    factor: float,
+    low_turns: float,
+    high_turns: float,
+    original_length: int,
+) -> np.ndarray:
+    """Llama 3.1's frequencies for a context `factor` times longer than the one trained on.
+
+    A pair that turns more than `high_turns` times within the original context keeps its frequency,
+    one that turns less than `low_turns` times has it divided by `factor`; those between are blended
+    linearly in their turns. Source: Meta's code, github.com/meta-llama/llama-models,
+    `apply_scaling`; transformers' rope type "llama3".
+
+    Args:
+      width: H, even.
+      base: of the frequencies of the original context.
+      factor: at least 1; Llama 3.1's is 8.
+      low_turns, high_turns: Llama 3.1's are 1 and 4.
+      original_length: tokens of the original context; Llama 3.1's is 8,192.
+
+    Returns:
+      NumPy float64 [width / 2].
+
+    Raises:
+      ValueError: for a factor below 1, or turns that are not in order.
+    """
+    if not factor >= 1:
+        raise ValueError(f"factor must be at least 1, got {factor!r}")
+    if not 0 < low_turns < high_turns:
+        raise ValueError(
+            f"low_turns and high_turns must be positive and in order, got {low_turns}, {high_turns}"
+        )
+    frequencies = rotary_frequencies(width, base)
+    turns = original_length * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low_turns) / (high_turns - low_turns), 0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
 def yarn_frequencies(
     width: int,
     base: float = 10_000.0,

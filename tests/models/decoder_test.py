@@ -349,6 +349,13 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"attention_scale": float("inf")}, r"model\.attention_scale: .* got inf"),
         ({"init_std": -0.1}, r"model\.init_std: wanted a number > 0, got -0\.1"),
         ({"rotary_base": 1.0}, r"model\.rotary_base: wanted > 1, got 1\.0"),
+        ({"norm_epsilon": 0.0}, r"model\.norm_epsilon: wanted a number > 0, got 0\.0"),
+        ({"position": "rotary", "rotary_scaling": (8.0, 1.0)}, "wanted four numbers"),
+        ({"position": "none", "rotary_scaling": (8.0, 1.0, 4.0, 64)}, "'none' has no frequencies"),
+        (
+            {"position": "rotary", "rotary_scaling": (8.0, 1.0, 4.0, 64), "mixer": "retention"},
+            r"model\.rotary_scaling: .* no layer of model\.mixer = 'retention' reads it",
+        ),
     ],
     ids=repr,
 )  # fmt: skip

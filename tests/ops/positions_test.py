@@ -110,6 +110,26 @@ def test_frequencies_fix_the_width_that_turns():
     np.testing.assert_array_equal(out, rotary(X, POSITIONS, width=6))
 
 
+def test_llama3_frequencies_keep_the_fast_pairs_and_slow_the_slow_ones():
+    width, base, factor, low, high, length = 64, 500_000.0, 8.0, 1.0, 4.0, 8192
+    found = positions.llama3_frequencies(width, base, factor, low, high, length)
+    for pair, frequency in enumerate(found):  # Meta's code, a pair at a time
+        plain = base ** (-2 * pair / width)
+        wavelength = 2 * np.pi / plain
+        if wavelength < length / high:
+            wanted = plain
+        elif wavelength > length / low:
+            wanted = plain / factor
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            wanted = (1 - smooth) * plain / factor + smooth * plain
+        assert frequency == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        positions.llama3_frequencies(width, base, 0.5, low, high, length)
+    with pytest.raises(ValueError, match="positive and in order"):
+        positions.llama3_frequencies(width, base, factor, high, low, length)
+
+
 def yarn_by_loop(width, base, factor, length, beta_fast, beta_slow, truncate):
     """The blend as the paper words it: by how often each pair turns in the original context."""
 
