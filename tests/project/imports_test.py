@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": set(),
     "training": UP_TO_MODELS,
     "inference": UP_TO_MODELS,
-    "interop": UP_TO_MODELS,
+    "interop": UP_TO_MODELS | {"data"},  # files and tokenizers
     "viz": UP_TO_MODELS,
     "configs": set(),
     "experiments": UP_TO_MODELS | {"data", "training", "inference", "interop", "viz", "configs"},

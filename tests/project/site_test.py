@@ -20,7 +20,8 @@ PAGES = {
     "basic": "qkv_jax.ops.basic",
     "measures": "qkv_jax.models.measures",
     **{
-        area: f"qkv_jax.{area}" for area in ("nn", "models", "data", "training", "inference", "viz")
+        area: f"qkv_jax.{area}"
+        for area in ("nn", "models", "data", "training", "inference", "interop", "viz")
     },
 }
 # Of `scores`, which has no __all__: what stands between it and `attention`.

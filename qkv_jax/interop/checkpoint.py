@@ -1,0 +1,275 @@
+"""Models from Hugging Face's folders, and back: config.json and safetensors, never code."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qkv_jax import nn
+from qkv_jax.data.files import read_text, write_atomically
+from qkv_jax.interop.architectures import ACTIVATIONS, TABLE, Architecture, Json
+from qkv_jax.interop.tensors import Tensors, dtype_of, write
+
+CONFIG = "config.json"
+TIED = "lm_head.weight"  # the embedding once more, where it is the head
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model of a known architecture.
+
+    Args:
+      architecture: its row of `architectures.TABLE`.
+      config: of the model.
+      graphdef, params: the model, as `nn.split` gives it.
+    """
+
+    architecture: Architecture
+    config: Any
+    graphdef: nnx.GraphDef
+    params: nn.Params
+
+    @property
+    def model(self) -> nnx.Module:
+        return nn.merge(self.graphdef, self.params)
+
+
+def load(folder: str | Path, *, param_dtype: str = "float32", dtype: str = "float32") -> Checkpoint:
+    """A model from a folder that transformers wrote, or a copy of one on the hub.
+
+    It reads config.json and model.safetensors (or its parts and their index), and runs nothing.
+
+    Args:
+      folder: holds them.
+      param_dtype: "float32" or "bfloat16", of the parameters.
+      dtype: the same, of the computation.
+
+    Raises:
+      ValueError: the architecture is unknown or has a setting that we have not, a file is damaged,
+        or a tensor is missing, unknown, or of another shape or kind: it is named.
+    """
+    folder = Path(folder)
+    architecture, config = _read_config(folder)
+    config = dataclasses.replace(config, dtype=dtype)
+    graphdef, shapes = nn.split(
+        nnx.eval_shape(lambda: architecture.model(config, rngs=nnx.Rngs(0)))
+    )
+    flat = dict(_leaves(shapes))
+    tensors = Tensors(folder)
+    found: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for row in _rows(architecture, config.num_layers, flat):
+        name = _present(row.theirs, tensors, architecture)
+        if name is None:
+            raise ValueError(f"{folder}: there is no tensor {row.theirs!r}")
+        used.add(name)
+        found |= _ours(row, tensors.read(name), [flat[path].shape for path in row.ours], name)
+    unused = architecture.unused + ((TIED,) if config.tie_embeddings else ())
+    unknown = [name for name in tensors if name not in used and not name.endswith(unused)]
+    if unknown:
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors have no place in a model of type "
+            f"{architecture.model_type!r}, the first {unknown[0]!r}"
+        )
+    params = _nested({path: jax.numpy.asarray(x, param_dtype) for path, x in found.items()})
+    return Checkpoint(architecture, config, graphdef, params)
+
+
+def save(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a folder that transformers loads by `from_pretrained`.
+
+    Args:
+      folder: is made where it is missing; the two files in it are replaced, each whole or not.
+      checkpoint: its parameters are of float32 or bfloat16.
+
+    Raises:
+      ValueError: the config has a field that the architecture has not.
+    """
+    folder = Path(folder)
+    architecture, config = checkpoint.architecture, checkpoint.config
+    flat = dict(_leaves(checkpoint.params))
+    dtype = dtype_of(str(next(iter(flat.values())).dtype))
+    tensors = {
+        row.theirs: _theirs(row, [np.asarray(flat[path], dtype) for path in row.ours])
+        for row in _rows(architecture, config.num_layers, flat)
+    }
+    written = _written_config(architecture, config) | {"dtype": str(dtype)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, tensors)
+    write_atomically(folder / CONFIG, (json.dumps(written, indent=2) + "\n").encode())
+
+
+def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
+    """A model of ours as a checkpoint of an architecture, to be saved.
+
+    Raises:
+      ValueError: the architecture is unknown or not the model's.
+    """
+    architecture = _architecture(model_type)
+    if not isinstance(model, architecture.model):
+        raise ValueError(
+            f"model: {model_type!r} is a {architecture.model.__name__}, got {type(model).__name__}"
+        )
+    graphdef, params = nn.split(model)
+    _written_config(architecture, model.config)  # checks that it is one
+    return Checkpoint(architecture, model.config, graphdef, params)
+
+
+# --- Configs --------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> tuple[Architecture, Any]:
+    path = folder / CONFIG
+    try:
+        found = json.loads(read_text(path, what="the checkpoint's config"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: wanted an object, got {type(found).__name__}")
+    architecture = _architecture(found.get("model_type"))
+    for name, wanted in architecture.required.items():
+        if found.get(name, wanted) != wanted:
+            raise ValueError(f"{path}: wanted {name} = {wanted!r}, got {found[name]!r}")
+    try:
+        values = architecture.read(found)
+        fields = {
+            ours: values[theirs]
+            for theirs, ours in architecture.fields.items()
+            if values.get(theirs) is not None
+        }
+        if "activation" in fields:
+            fields["activation"] = _activation(fields["activation"])
+        return architecture, architecture.config(**{**fields, **architecture.fixed})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a field is missing or of another type: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _architecture(model_type: Any) -> Architecture:
+    if model_type not in TABLE:
+        raise ValueError(f"model_type: wanted one of {sorted(TABLE)}, got {model_type!r}")
+    return TABLE[model_type]
+
+
+def _activation(theirs: Any) -> str:
+    if theirs not in ACTIVATIONS:
+        raise ValueError(f"activation: wanted one of {sorted(ACTIVATIONS)}, got {theirs!r}")
+    return ACTIVATIONS[theirs]
+
+
+def _written_config(architecture: Architecture, config: Any) -> Json:
+    """config.json for a config of ours.
+
+    Raises:
+      ValueError: a field differs from what the architecture fixes or cannot say.
+    """
+    said = {"vocab_size", "context", "dtype", "remat", "dropout_rate", "init_std", "num_classes"}
+    said |= {*architecture.fields.values(), *architecture.fixed}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        wanted = architecture.fixed.get(name, value if name in said else default)
+        if value != wanted:
+            raise ValueError(
+                f"model.{name}: a model of type {architecture.model_type!r} has {wanted!r}, "
+                f"got {value!r}"
+            )
+    values = {theirs: _value(config, ours) for theirs, ours in architecture.fields.items()}
+    return {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        **architecture.required,
+        **architecture.write(values),
+    }
+
+
+def _value(config: Any, name: str) -> Any:
+    """A field of ours, in their terms and said out loud where ours leaves it to a default."""
+    if name == "activation":
+        return {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
+    if name == "norm_epsilon" and config.norm_epsilon is None:
+        return 1e-6 if config.norm == "rms" else 1e-5
+    said = {"num_kv_heads": "kv_heads", "head_dim": "attention_dim", "mlp_width": "hidden"}
+    return getattr(config, said.get(name, name))
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def _rows(architecture: Architecture, num_layers: int, flat: Mapping[str, Any]) -> Iterator:
+    """The tensors of a model, a row for each layer's, without those that it has no parameter for.
+
+    Raises:
+      ValueError: a parameter stands in no row.
+    """
+    left = set(flat)
+    for row in architecture.tensors:
+        for layer in range(num_layers) if "{i}" in row.theirs else [0]:
+            ours = tuple(path.replace("{i}", str(layer)) for path in row.ours)
+            if all(path in flat for path in ours):
+                left -= set(ours)
+                theirs = row.theirs.replace("{i}", str(layer))
+                yield dataclasses.replace(row, theirs=theirs, ours=ours)
+    if left:
+        raise ValueError(
+            f"a model of type {architecture.model_type!r} has no parameter {min(left)!r}"
+        )
+
+
+def _present(name: str, tensors: Tensors, architecture: Architecture) -> str | None:
+    """The name under which the folder has a tensor: a model without a head has no prefix."""
+    for known in (name, name.removeprefix(architecture.prefix)):
+        # BERT's first checkpoints name the norms as TensorFlow did.
+        older = known.replace("LayerNorm.weight", "LayerNorm.gamma")
+        for spelling in (known, older.replace("LayerNorm.bias", "LayerNorm.beta")):
+            if spelling in tensors:
+                return spelling
+    return None
+
+
+def _ours(row, array: np.ndarray, shapes: list[tuple[int, ...]], name: str) -> dict[str, Any]:
+    """The parameters that a tensor holds, by their paths."""
+    sizes = [shape[-1] for shape in shapes]
+    wanted = (*shapes[0][:-1], sum(sizes))
+    in_file = wanted[::-1] if row.transposed else (wanted[0] + row.skip, *wanted[1:])
+    if array.shape != in_file:
+        raise ValueError(
+            f"tensor {name!r}: wanted the shape {list(in_file)}, got {list(array.shape)}"
+        )
+    array = array.T if row.transposed else array[row.skip :]
+    parts = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
+    return dict(zip(row.ours, parts, strict=True))
+
+
+def _theirs(row, parts: list[np.ndarray]) -> np.ndarray:
+    array = np.concatenate(parts, axis=-1)
+    if row.transposed:
+        return array.T
+    return np.concatenate([np.zeros_like(array[: row.skip]), array]) if row.skip else array
+
+
+def _leaves(params: nn.Params, path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict):
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _nested(flat: Mapping[str, Any]) -> nn.Params:
+    """The inverse of `_leaves`; numbers are places in lists."""
+    nested: nn.Params = {}
+    for path, value in flat.items():
+        *folders, name = (int(key) if key.isdigit() else key for key in path.split("."))
+        here = nested
+        for folder in folders:
+            here = here.setdefault(folder, {})
+        here[name] = value
+    return nested
