@@ -1,7 +1,7 @@
 """What a trained run's heads look at in a text: weights, measures and tables, for a page."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.pretrained import Pretrained
 from experiments.setup import TrainedRun
 from experiments.tasks import TextTask, Translation
 from qkv_jax import models, nn
+from qkv_jax.data import Tokenizer
 from qkv_jax.models import Decoder, EncoderDecoder, measures
 from qkv_jax.viz import AttentionView, PageTable, visible
 
@@ -27,7 +29,7 @@ class Looked:
     tables: list[PageTable]
 
 
-def look(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
+def of_run(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
     """The attention of a trained run to a text, or to its task's own example.
 
     Args:
@@ -39,30 +41,65 @@ def look(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
       ValueError: the text cannot be read by this model, or there is no example.
       NotImplementedError: the model has no attention weights.
     """
-    model = nn.merge(trained.graphdef, trained.params)
-    if isinstance(trained.task, Translation):
-        _no_worst(trained, worst)
+    model, task = nn.merge(trained.graphdef, trained.params), trained.task
+    if isinstance(task, Translation):
+        _no_worst(str(trained.run.path), worst)
         return Looked(_translation(trained, model, text), [])
     tokens, labels = _read(trained, text)
-    stack = trained.task.stack(model)
-    maps = models.attention_maps(stack, tokens[None])
-    decodes = isinstance(trained.task, TextTask) and trained.task.continues_text
+    decodes = isinstance(task, TextTask) and task.continues_text
     if not decodes:
-        _no_worst(trained, worst)
-    found = measures_of(maps, tokens, causal=isinstance(stack, Decoder))
-    tables, views = [], []
-    if decodes and len(tokens) > 1:
-        found["importance"] = models.head_importance(model, tokens[None], _loss(tokens))
-        tables = [_lens(trained.task, model, tokens, labels)]
-        if worst:
-            tables.insert(0, _worst(trained.task, model, tokens, labels, worst))
-        views.append(_influence(model, tokens, labels))
-    views.insert(
-        0, AttentionView("attention", maps[:, 0], labels, measures=found, **_inputs(stack, tokens))
+        _no_worst(str(trained.run.path), worst)
+        return _attention_alone(task.stack(model), tokens, labels)
+    return _language_model(model, tokens, labels, task.tokenizer, worst)
+
+
+def of_checkpoint(pretrained: Pretrained, text: str | None, *, worst: int = 0) -> Looked:
+    """The attention of a model from Hugging Face's folder to a text; arguments as in `of_run`.
+
+    Raises:
+      ValueError: there is no text, or it is longer than the model reads.
+    """
+    if not text:
+        raise ValueError("text: wanted at least one character, got none")
+    model, tokenizer = pretrained.checkpoint.model, pretrained.tokenizer
+    tokens = tokenizer.encode_framed(text)
+    _check_length(len(tokens), pretrained.checkpoint.config.context)
+    labels = [tokenizer.decode(token[None]) for token in tokens]
+    if isinstance(model, Decoder):
+        return _language_model(model, tokens, labels, tokenizer, worst)
+    _no_worst(str(pretrained.folder), worst)
+    return _attention_alone(model.encoder, tokens, labels)
+
+
+def _language_model(
+    model: Decoder, tokens: np.ndarray, labels: list[str], tokenizer: Tokenizer, worst: int
+) -> Looked:
+    """Attention, what it did to the loss, the lens and the worst."""
+    if len(tokens) < 2:  # nothing was predicted
+        return _attention_alone(model, tokens, labels)
+    importance = models.head_importance(model, tokens[None], _loss(tokens))
+    attention, mixed = _views(model, tokens, labels, {"importance": importance})
+    tables = [_lens(tokenizer, model, tokens, labels)]
+    if worst:
+        tables.insert(0, _worst(tokenizer, model, tokens, labels, worst))
+    return Looked([attention, _influence(model, tokens, labels), mixed], tables)
+
+
+def _attention_alone(stack: nnx.Module, tokens: np.ndarray, labels: list[str]) -> Looked:
+    """The attention of anything whose text costs nothing."""
+    return Looked(list(_views(stack, tokens, labels, {})), [])
+
+
+def _views(
+    stack: nnx.Module, tokens: np.ndarray, labels: list[str], more: Mapping[str, jax.Array]
+) -> tuple[AttentionView, AttentionView]:
+    """The attention, with measures and `more` of them, and its rollout."""
+    maps = models.attention_maps(stack, tokens[None])
+    found = measures_of(maps, tokens, causal=isinstance(stack, Decoder)) | dict(more)
+    return (
+        AttentionView("attention", maps[:, 0], labels, measures=found, **_inputs(stack, tokens)),
+        AttentionView("rollout, all heads and the layers so far", measures.rollout(maps), labels),
     )
-    mixed = measures.rollout(maps)
-    views.append(AttentionView("rollout, all heads and the layers so far", mixed, labels))
-    return Looked(views, tables)
 
 
 def measures_of(maps: jax.Array, tokens: np.ndarray, *, causal: bool) -> dict[str, np.ndarray]:
@@ -78,11 +115,16 @@ def measures_of(maps: jax.Array, tokens: np.ndarray, *, causal: bool) -> dict[st
     return {name: np.asarray(values) for name, values in found.items()}
 
 
-def _no_worst(trained: TrainedRun, worst: int) -> None:
+def _no_worst(where: str, worst: int) -> None:
     if worst:
+        raise ValueError(f"worst: wanted a model that continues a text, got another in {where}")
+
+
+def _check_length(length: int, context: int) -> None:
+    if length > context:
         raise ValueError(
-            f"worst: wanted a model that continues a text, got {trained.task.kind.lower()} in "
-            f"{trained.run.path}"
+            f"text: the model reads {context} tokens at a time, this text has {length:,}; "
+            "wanted a shorter one, such as its beginning by --num_tokens"
         )
 
 
@@ -102,17 +144,12 @@ def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]
     if not text:
         raise ValueError("text: wanted at least one character, got none")
     tokens = task.tokenizer.encode(text).astype(np.int32)
-    if len(tokens) > context:
-        raise ValueError(
-            f"text: the model reads {context} tokens at a time, this text has {len(tokens):,}; "
-            "wanted a shorter one, such as its beginning by --num_tokens"
-        )
+    _check_length(len(tokens), context)
     return tokens, [task.tokenizer.decode(token[None]) for token in tokens]
 
 
-def cut(trained: TrainedRun, text: str, num_tokens: int) -> str:
-    """The beginning of a text: so many of a run's tokens."""
-    tokenizer = getattr(trained.task, "tokenizer", None)
+def cut(tokenizer: Tokenizer | None, text: str, num_tokens: int) -> str:
+    """The beginning of a text: so many tokens, where there is a tokenizer."""
     if tokenizer is None:
         return text
     return tokenizer.decode(tokenizer.encode(text)[:num_tokens])
@@ -148,13 +185,15 @@ def _influence(model: nnx.Module, tokens: np.ndarray, labels: Sequence[str]) -> 
     return AttentionView("gradient x attention: what lowered the loss", helped / largest, labels)
 
 
-def _lens(task: TextTask, model: Decoder, tokens: np.ndarray, labels: Sequence[str]) -> PageTable:
+def _lens(
+    tokenizer: Tokenizer, model: Decoder, tokens: np.ndarray, labels: Sequence[str]
+) -> PageTable:
     """What the model would say next after each layer."""
     columns = []
     for logits in models.logit_lens(model, tokens[None, :LENS_TOKENS]):
         chances = jax.nn.softmax(logits[0])
         best = np.asarray(chances.argmax(-1))
-        words = [visible(task.tokenizer.decode(token[None])) for token in best]
+        words = [visible(tokenizer.decode(token[None])) for token in best]
         columns.append([f"{w} {c:.0%}" for w, c in zip(words, chances.max(-1), strict=True)])
     shown = range(min(len(tokens), LENS_TOKENS))
     return PageTable(
@@ -168,7 +207,7 @@ def _lens(task: TextTask, model: Decoder, tokens: np.ndarray, labels: Sequence[s
 
 
 def _worst(
-    task: TextTask, model: Decoder, tokens: np.ndarray, labels: Sequence[str], number: int
+    tokenizer: Tokenizer, model: Decoder, tokens: np.ndarray, labels: Sequence[str], number: int
 ) -> PageTable:
     """The tokens that the model predicts worst, each with what it expected instead."""
     logits = model(tokens[None])
@@ -183,7 +222,7 @@ def _worst(
             visible(labels[place + 1]),
             f"{costs[place]:.2f}",
             ", ".join(
-                f"{visible(task.tokenizer.decode(token[None]))} {chances[place, token]:.0%}"
+                f"{visible(tokenizer.decode(token[None]))} {chances[place, token]:.0%}"
                 for token in expected
             ),
         ])  # fmt: skip

@@ -4,8 +4,10 @@ python -m experiments.visualize --workdir=runs/char_lm --text="The cat sat on th
 python -m experiments.visualize --workdir=runs/char_lm --text_file=my.txt --worst=20
 python -m experiments.visualize --workdir=runs/a --other=runs/b --text="The cat sat on the mat."
 python -m experiments.visualize --workdir=runs/translate --text="two hundred and thirty-four"
+python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat."
 
-Without a text it shows what the run's report shows. The page has every head as a small map, lines
+A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json.
+Without a text a run shows what its report shows. The page has every head as a small map, lines
 between tokens, the product of one query and key, measures of each head, and for a language model
 what it would say after each layer. --figures=<folder> draws the maps as PNG or SVG too.
 """
@@ -18,11 +20,13 @@ import numpy as np
 from absl import flags
 
 from experiments import attention_views, cli, setup
+from experiments.pretrained import Pretrained
 from qkv_jax import viz
 from qkv_jax.data.files import read_text
 from qkv_jax.training.run_directory import write_text_atomic
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run whose model looks")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
 OTHER = flags.DEFINE_string("other", None, "another run, to be compared on the same text")
 TEXT = flags.DEFINE_string("text", None, "what it reads, or translates")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "a UTF-8 file to read, from its beginning")
@@ -40,16 +44,21 @@ FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "of the pictures")
 def main(_) -> None:
     with cli.one_sentence():
         text = _text()
-        runs = [setup.load_run(path) for path in (WORKDIR.value, OTHER.value) if path is not None]
-        found = [_look(run, text) for run in runs]
-        names = [Path(run.run.path).name for run in runs]
+        if CHECKPOINT.value is None:
+            models = [setup.load_run(path) for path in (WORKDIR.value, OTHER.value) if path]
+        else:
+            if WORKDIR.present or OTHER.value is not None:
+                raise ValueError("checkpoint: wanted either a checkpoint or runs, got both")
+            models = [Pretrained.load(CHECKPOINT.value)]
+        found = [_look(model, text) for model in models]
+        folders = [_folder(model) for model in models]
         page = viz.attention_page(
-            _views(names, found),
-            title="Attention of " + " and ".join(names),
-            about=_about(runs, found),
+            _views([folder.name for folder in folders], found),
+            title="Attention of " + " and ".join(folder.name for folder in folders),
+            about="\n".join(map(_about, models, found)),
             tables=[table for looked in found for table in looked.tables],
         )
-        out = Path(OUT.value or Path(WORKDIR.value) / "attention.html")
+        out = Path(OUT.value or folders[0] / "attention.html")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(out, page)
         print(f"{out}  {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
@@ -67,13 +76,20 @@ def _text() -> str | None:
     return TEXT.value
 
 
-def _look(run: setup.TrainedRun, text: str | None) -> attention_views.Looked:
+def _folder(model: setup.TrainedRun | Pretrained) -> Path:
+    return Path(model.folder if isinstance(model, Pretrained) else model.run.path).absolute()
+
+
+def _look(model: setup.TrainedRun | Pretrained, text: str | None) -> attention_views.Looked:
+    pretrained = isinstance(model, Pretrained)
     if text is not None and NUM_TOKENS.value is not None:
-        text = attention_views.cut(run, text, NUM_TOKENS.value)
+        tokenizer = getattr(model if pretrained else model.task, "tokenizer", None)
+        text = attention_views.cut(tokenizer, text, NUM_TOKENS.value)
+    look = attention_views.of_checkpoint if pretrained else attention_views.of_run
     try:
-        return attention_views.look(run, text, worst=WORST.value)
+        return look(model, text, worst=WORST.value)
     except NotImplementedError as error:
-        raise ValueError(f"workdir: {run.run.path}: {error}") from None
+        raise ValueError(f"workdir: {_folder(model)}: {error}") from None
 
 
 def _views(names: list[str], found: list[attention_views.Looked]) -> list[viz.AttentionView]:
@@ -87,16 +103,14 @@ def _views(names: list[str], found: list[attention_views.Looked]) -> list[viz.At
     ]
 
 
-def _about(runs: list[setup.TrainedRun], found: list[attention_views.Looked]) -> str:
-    """A line on each model."""
-    lines = []
-    for run, looked in zip(runs, found, strict=True):
-        layers, heads, T, _ = np.shape(looked.views[0].weights)
-        lines.append(
-            f"{run.run.path.name}, step {run.step:,}: {layers} layers of {heads} heads on {T} "
-            "tokens"
-        )
-    return "\n".join(lines)
+def _about(model: setup.TrainedRun | Pretrained, looked: attention_views.Looked) -> str:
+    """A line on a model."""
+    layers, heads, T, _ = np.shape(looked.views[0].weights)
+    if isinstance(model, Pretrained):
+        what = f"a {model.checkpoint.architecture.model_type} model"
+    else:
+        what = f"step {model.step:,}"
+    return f"{_folder(model).name}, {what}: {layers} layers of {heads} heads on {T} tokens"
 
 
 def _draw(view: viz.AttentionView, folder: Path) -> list[Path]:

@@ -256,6 +256,10 @@ class BpeTokenizer(Tokenizer):
         ids = [encode([chunk], add_special_tokens=False)[0].ids for chunk in chunks]
         return np.concatenate([np.asarray(i, np.int32) for i in ids] or [np.empty(0, np.int32)])
 
+    def encode_framed(self, text: str) -> np.ndarray:
+        """The ids of a text with those that the file puts around it, such as [CLS] and [SEP]."""
+        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
     def decode(self, ids: np.ndarray) -> str:
         ids = checked_ids(ids, self.vocab_size).tolist()
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import setup
-from experiments.attention_views import look
+from experiments.attention_views import of_run
 from qkv_jax import data, nn, viz
 from tests.experiments.runs import (
     TINY,
@@ -130,7 +130,7 @@ def test_what_cannot_be_translated_ends_in_one_sentence(runs, scripts, flags, wo
 @pytest.mark.parametrize("text", [None, "4 March 2017"])
 def test_a_page_shows_what_a_translation_looks_at(runs, kind, names, text):
     workdir, _ = runs(kind)
-    looked = look(setup.load_run(str(workdir)), text)
+    looked = of_run(setup.load_run(str(workdir)), text)
     assert [view.name for view in looked.views] == names
     page = viz.attention_page(looked.views, title="translation")
     assert all(name in page for name in names)
@@ -140,9 +140,9 @@ def test_a_page_shows_what_a_translation_looks_at(runs, kind, names, text):
     if kind == "transformer":
         assert looked.views[2].queries == ["begin", *cross.queries[:-1]]
     with pytest.raises(ValueError, match="worst: wanted a model that continues a text"):
-        look(setup.load_run(str(workdir)), text, worst=1)
+        of_run(setup.load_run(str(workdir)), text, worst=1)
     with pytest.raises(ValueError, match="text: wanted a sentence to translate, got none"):
-        look(setup.load_run(str(workdir)), " ")
+        of_run(setup.load_run(str(workdir)), " ")
 
 
 def config_with(**fields):
