@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 # How many steps a weight's square root is told in, tried in turn: fewer take less room.
 LEVELS = (255, 127, 63, 31, 15)
 SMALL, LARGE, PER_WEIGHT = 350_000, 14_000_000, 0.6  # bytes that packed weights may take
+SCRIPTS = ("state.js", "pictures.js", "page.js")  # in this order, one script
 PRODUCT_BYTES = 2_000_000  # of packed queries and keys, beyond which they are left out
 
 
@@ -108,7 +109,7 @@ def attention_page(
     return template.substitute(
         title=html.escape(title),
         style=(files / "page.css").read_text(encoding="utf-8"),
-        script=(files / "page.js").read_text(encoding="utf-8"),
+        script="\n".join((files / name).read_text(encoding="utf-8") for name in SCRIPTS),
         # Within <script> only "<" can end the element or begin a comment.
         data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
     )
