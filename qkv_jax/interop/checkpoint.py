@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qkv_jax import nn
 from qkv_jax.data.files import read_text, write_atomically
-from qkv_jax.interop.architectures import ACTIVATIONS, TABLE, Architecture, Json
+from qkv_jax.interop.architectures import ACTIVATIONS, TABLE, Architecture, Json, Tensor
 from qkv_jax.interop.tensors import Tensors, dtype_of, write
 
 CONFIG = "config.json"
@@ -59,7 +60,7 @@ def load(folder: str | Path, *, param_dtype: str = "float32", dtype: str = "floa
     graphdef, shapes = nn.split(
         nnx.eval_shape(lambda: architecture.model(config, rngs=nnx.Rngs(0)))
     )
-    flat = dict(_leaves(shapes))
+    flat = _flat(shapes)
     tensors = Tensors(folder)
     found: dict[str, np.ndarray] = {}
     used: set[str] = set()
@@ -92,7 +93,7 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """
     folder = Path(folder)
     architecture, config = checkpoint.architecture, checkpoint.config
-    flat = dict(_leaves(checkpoint.params))
+    flat = _flat(checkpoint.params)
     dtype = dtype_of(str(next(iter(flat.values())).dtype))
     tensors = {
         row.theirs: _theirs(row, [np.asarray(flat[path], dtype) for path in row.ours])
@@ -202,7 +203,7 @@ def _value(config: Any, name: str) -> Any:
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def _rows(architecture: Architecture, num_layers: int, flat: Mapping[str, Any]) -> Iterator:
+def _rows(architecture: Architecture, num_layers: int, flat: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors of a model, a row for each layer's, without those that it has no parameter for.
 
     Raises:
@@ -233,7 +234,9 @@ def _present(name: str, tensors: Tensors, architecture: Architecture) -> str | N
     return None
 
 
-def _ours(row, array: np.ndarray, shapes: list[tuple[int, ...]], name: str) -> dict[str, Any]:
+def _ours(
+    row: Tensor, array: np.ndarray, shapes: list[tuple[int, ...]], name: str
+) -> dict[str, Any]:
     """The parameters that a tensor holds, by their paths."""
     sizes = [shape[-1] for shape in shapes]
     wanted = (*shapes[0][:-1], sum(sizes))
@@ -247,29 +250,21 @@ def _ours(row, array: np.ndarray, shapes: list[tuple[int, ...]], name: str) -> d
     return dict(zip(row.ours, parts, strict=True))
 
 
-def _theirs(row, parts: list[np.ndarray]) -> np.ndarray:
+def _theirs(row: Tensor, parts: list[np.ndarray]) -> np.ndarray:
     array = np.concatenate(parts, axis=-1)
     if row.transposed:
         return array.T
     return np.concatenate([np.zeros_like(array[: row.skip]), array]) if row.skip else array
 
 
-def _leaves(params: nn.Params, path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in params.items():
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
-            yield from _leaves(value, here)
-        else:
-            yield here, value
+def _flat(params: nn.Params) -> dict[str, Any]:
+    """Parameters by their dotted paths."""
+    return {".".join(map(str, path)): x for path, x in flatten_dict(params).items()}
 
 
 def _nested(flat: Mapping[str, Any]) -> nn.Params:
-    """The inverse of `_leaves`; numbers are places in lists."""
-    nested: nn.Params = {}
-    for path, value in flat.items():
-        *folders, name = (int(key) if key.isdigit() else key for key in path.split("."))
-        here = nested
-        for folder in folders:
-            here = here.setdefault(folder, {})
-        here[name] = value
-    return nested
+    """The inverse of `_flat`; numbers are places in lists."""
+    return unflatten_dict({
+        tuple(int(key) if key.isdigit() else key for key in path.split(".")): x
+        for path, x in flat.items()
+    })  # fmt: skip

@@ -1,6 +1,5 @@
 """Runs become folders of Hugging Face's, and such folders are evaluated and looked into."""
 
-import json
 import re
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from experiments import setup
 from qkv_jax import interop
 from tests.experiments.runs import assert_one_sentence
+from tests.pages import data_of
 
 GPT2 = (
     "model.norm=layer", "model.position=learned", "model.activation=gelu_tanh",
@@ -64,8 +64,7 @@ def test_a_page_shows_it(scripts, folder, tmp_path):
         "visualize", f"--checkpoint={folder}", "--text=the cat sat", "--worst=2", f"--out={page}"
     )
     assert done.returncode == 0, done.stderr
-    (text,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
-    data = json.loads(text)
+    data = data_of(page.read_text(encoding="utf-8"))
     assert "".join(data["views"][0]["queries"]) == "the cat sat"
     assert "a gpt2 model" in data["about"] and len(data["tables"]) == 2
 

@@ -1,11 +1,9 @@
 """A page of a run's attention: what it says, and what cannot be shown."""
 
-import json
-import re
-
 import pytest
 
 from tests.experiments.runs import assert_one_sentence, files_of
+from tests.pages import data_of
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +15,12 @@ def visualize(scripts, finished, tmp_path_factory):
     return visualize
 
 
-def data_of(page):
-    (text,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
-    return json.loads(text)
-
-
 def test_a_language_models_page_has_heads_measures_lens_and_the_worst(visualize, finished):
     before = files_of(finished)
     page, done = visualize("--text=the cat", "--worst=3", f"--figures={finished.parent}/maps")
     assert done.returncode == 0, done.stderr
     assert str(page) in done.stdout and files_of(finished) == before
-    data = data_of(page)
+    data = data_of(page.read_text(encoding="utf-8"))
     first, *others = data["views"]
     layers, heads, T, _ = first["shape"]
     assert first["name"] == "attention" and T == 7 and "".join(first["queries"]) == "the cat"
@@ -47,15 +40,15 @@ def test_two_runs_are_compared_on_one_text_of_a_file(visualize, finished, tmp_pa
     text.write_text("the dog and the cat sat on a mat " * 9, encoding="utf-8")
     page, done = visualize(f"--other={finished}", f"--text_file={text}", "--num_tokens=6")
     assert done.returncode == 0, done.stderr
-    names = [view["name"] for view in data_of(page)["views"]]
+    names = [view["name"] for view in data_of(page.read_text(encoding="utf-8"))["views"]]
     assert len(names) == 6 and names[0] == names[3] == f"{finished.name}: attention"
-    assert all(view["shape"][2] == 6 for view in data_of(page)["views"])
+    assert all(view["shape"][2] == 6 for view in data_of(page.read_text(encoding="utf-8"))["views"])
 
 
 def test_without_a_text_it_shows_what_the_report_shows(visualize):
     page, done = visualize()
     assert done.returncode == 0, done.stderr
-    assert len(data_of(page)["views"][0]["queries"]) > 1
+    assert len(data_of(page.read_text(encoding="utf-8"))["views"][0]["queries"]) > 1
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import re
 import zlib
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from qkv_jax.viz import AttentionView, PageTable, attention_page
+from tests.pages import data_of
 
 L, N, T, S, K, H = 3, 4, 5, 7, 2, 6
 RNG = np.random.RandomState(0)
@@ -21,11 +21,6 @@ VIEW = AttentionView(
     {"entropy": RNG.rand(L, N)},
 )  # fmt: skip
 EVIL = '</script><script>alert("x")</script><!-- $title & "quotes" 私'
-
-
-def data_of(page):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    return json.loads(text)
 
 
 def unpacked(text, dtype):
