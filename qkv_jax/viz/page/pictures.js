@@ -130,7 +130,7 @@ function drawLines(box, h, at) {
       [...column.children].forEach((row, other) => {
         let w = 0;
         if (side !== null && which !== side) w = side === 0 ? sums[place * keys.length + other] : sums[other * keys.length + place];
-        row.style.background = w ? shade(w) : "";
+        lay(row, w);
       });
     }
   };
@@ -218,7 +218,7 @@ function drawText(box, h, at) {
     onclick: () => self ? pick(i, i) : incoming ? pick(i, key) : pick(token, i),
   }, /^\s*$/.test(word) ? shown(word) + (word.includes("\n") ? "\n" : "") : word));
   const of = (i) => incoming ? weight(h, i, from) : weight(h, from, i);
-  spans.forEach((span, i) => { span.style.background = shade(of(i)); });
+  spans.forEach((span, i) => lay(span, of(i)));
   area.append(...spans);
   const name = shown((incoming ? view.keys : view.queries)[from]);
   const intro = incoming ? `Who looks at “${name}” (${from + 1})` : `What “${name}” (${from + 1}) looks at`;

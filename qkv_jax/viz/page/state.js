@@ -59,6 +59,11 @@ function make(tag, attributes = {}, ...children) {
 const heat = () => getComputedStyle(document.documentElement).getPropertyValue("--heat");
 const shade = (w) => `rgba(${heat()}, ${Math.sqrt(Math.min(w, 1)) * 0.85})`;
 
+function lay(element, w) { // a weight behind a token, which stays readable on it
+  element.style.background = w ? shade(w) : "";
+  element.style.color = w > 0.4 ? "var(--paper)" : "";
+}
+
 function paint(canvas, width, height, value) {
   canvas.width = width; canvas.height = height;
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
