@@ -78,23 +78,28 @@ def _language_model(
     if len(tokens) < 2:  # nothing was predicted
         return _attention_alone(model, tokens, labels)
     importance = models.head_importance(model, tokens[None], _loss(tokens))
-    attention, mixed = _views(model, tokens, labels, {"importance": importance})
+    maps, gradients = models.attention_gradients(model, tokens[None], _loss(tokens))
+    attention, mixed = _views(model, maps, tokens, labels, {"importance": importance})
     tables = [_lens(tokenizer, model, tokens, labels)]
     if worst:
         tables.insert(0, _worst(tokenizer, model, tokens, labels, worst))
-    return Looked([attention, _influence(model, tokens, labels), mixed], tables)
+    return Looked([attention, _influence(maps, gradients, labels), mixed], tables)
 
 
 def _attention_alone(stack: nnx.Module, tokens: np.ndarray, labels: list[str]) -> Looked:
     """The attention of anything whose text costs nothing."""
-    return Looked(list(_views(stack, tokens, labels, {})), [])
+    maps = models.attention_maps(stack, tokens[None])
+    return Looked(list(_views(stack, maps, tokens, labels, {})), [])
 
 
 def _views(
-    stack: nnx.Module, tokens: np.ndarray, labels: list[str], more: Mapping[str, jax.Array]
+    stack: nnx.Module,
+    maps: jax.Array,
+    tokens: np.ndarray,
+    labels: list[str],
+    more: Mapping[str, jax.Array],
 ) -> tuple[AttentionView, AttentionView]:
     """The attention, with measures and `more` of them, and its rollout."""
-    maps = models.attention_maps(stack, tokens[None])
     found = measures_of(maps, tokens, causal=isinstance(stack, Decoder)) | dict(more)
     return (
         AttentionView("attention", maps[:, 0], labels, measures=found, **_inputs(stack, tokens)),
@@ -177,9 +182,8 @@ def _costs(logits: jax.Array, tokens: np.ndarray) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits[0, :-1], jnp.asarray(tokens[1:]))
 
 
-def _influence(model: nnx.Module, tokens: np.ndarray, labels: Sequence[str]) -> AttentionView:
+def _influence(maps: jax.Array, gradients: jax.Array, labels: Sequence[str]) -> AttentionView:
     """By how much the text would cost more without each weight, to first order."""
-    maps, gradients = models.attention_gradients(model, tokens[None], _loss(tokens))
     helped = np.maximum(-np.asarray(maps * gradients), 0)[:, 0]
     largest = helped.max() or 1.0
     return AttentionView("gradient x attention: what lowered the loss", helped / largest, labels)
