@@ -37,11 +37,13 @@ LINEAR = frozenset(
 REASONS = {
     "strided": "the far keys of its queries lie in all blocks of keys, so that none is left out",
     "fixed": "the far keys of its queries lie in all blocks of keys, so that none is left out",
+    "bigbird": "its random keys lie in nearly all blocks of keys where these are long, as on a GPU",
     "topk": "it takes all logits in order to choose",
     "memory": "it takes all logits in order to choose",
     "moba": "it gathers for each query the keys that it has chosen: more time for each of them",
     "nsa": "it gathers for each query the keys that it has chosen: more time for each of them",
-    "linear": "products of 64 x 64 matrices reach 40 to 65 GFLOP/s, those of large blocks 330",
+    "linear": "its chunks wait for one another, each a few products of 64 x 64 matrices, which "
+    "reach 40 to 65 GFLOP/s on two cores, where those of large blocks reach 330",
     "other weights": "it computes every pair, as exact attention does, and more for each",
     "other logits and values": "it computes every pair, as exact attention does, and more for each",
     "lstm": "its steps wait for one another, each of them small",
