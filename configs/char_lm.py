@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     model.num_global = 1  # first tokens (longformer, streaming), blocks (bigbird) that all see
     model.num_random = 1  # blocks that a block of queries draws (bigbird)
     model.attention_scale = placeholder(float)  # of the logits (attention); None: 1 / sqrt(H)
+    model.attention_softcap = 0.0  # cap * tanh(logits / cap) in a stack's own attention; 0: none
     model.window_blocks = 3  # an odd number of near blocks that it sees, its own included (bigbird)
     model.top_k = 32  # keys that a query keeps (topk) or retrieves (memory)
     model.num_features = 128  # random features of a head (performer)
@@ -75,21 +76,24 @@ def get_config() -> ConfigDict:
     model.conv_width = 4  # tokens that a short (or a convolutional model's) convolution sees
     model.chunk_size = 64  # tokens that the linear family computes at once: speed alone
     model.mlp_width = placeholder(int)  # F; None: 4 * width; 0: attention (or what mixes) alone
-    model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | relu | relu_squared
-    model.norm = "rms"  # layer | rms | none
+    model.activation = "relu_squared"  # gelu | gelu_tanh | swiglu | geglu | relu | relu_squared
+    model.norm = "rms"  # layer | rms | zero_centered_rms (Gemma's) | none
     model.norm_epsilon = placeholder(float)  # None: 1e-5 for layer, 1e-6 for rms
-    model.norm_position = "pre"  # pre | post
+    model.norm_position = "pre"  # pre | post | both
     model.position = "rotary"  # learned | sinusoidal | rotary | alibi | relative (T5) | none
     model.rotary_base = 10_000.0
     model.relative_buckets = 32  # of T5's distances
     model.relative_distance = 128  # from here on all keys share the last of them
     model.rotary_scaling = placeholder(tuple)  # Llama 3.1's: factor, turns from, to, old length
+    model.local_rotary_base = placeholder(float)  # of sliding_window; None: rotary_base, scaled too
     model.qk_norm = True  # normalise queries and keys per head
     model.use_bias = False  # biases in projections and layer norms
     model.qkv_bias = placeholder(bool)  # in those to queries, keys and values; None: use_bias
     model.share_kv = False  # one projection for keys and values
     model.share_qk = False  # one projection for queries and keys
     model.tie_embeddings = False  # output head = token embedding transposed
+    model.scale_embeddings = False  # token embeddings * sqrt(width), as Gemma's
+    model.scale_logits = False  # the last residual stream / sqrt(width), as T5's
     model.zero_init_outputs = True  # each block starts as the identity
     model.init_std = 0.02  # of the initial embeddings and matrices; outputs: / sqrt(2 num_layers)
     model.logit_softcap = 15.0  # cap * tanh(logits / cap); 0: none

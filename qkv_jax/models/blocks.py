@@ -14,11 +14,11 @@ from flax.typing import Initializer
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig
-from qkv_jax.models.mixers import HEADS, MIXERS
+from qkv_jax.models.mixers import HEADS, MIXERS, qk_norm_kind
 from qkv_jax.nn.cross_block import CrossBlock
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.positions import alibi_slopes
-from qkv_jax.ops.scores import Alibi, RelativeBias, Score
+from qkv_jax.ops.scores import Alibi, RelativeBias, Score, Softcap
 
 
 def kernel_init(config: TransformerConfig) -> Initializer:
@@ -41,6 +41,11 @@ def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> Callable[[], nnx.Mod
     )  # fmt: skip
 
 
+def make_final_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The norm of the last residual stream; None where the last block has normed it."""
+    return None if config.norm_position == "post" else make_norm(config, rngs)()
+
+
 def make_positions(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module | None:
     """The embedding of positions; rotary ones are the mixers', others scores of the logits."""
     if config.position == "learned":
@@ -59,12 +64,14 @@ def add_positions(
     positions: jax.Array | None,
 ) -> jax.Array:
     """Token embeddings [B, T, D] with those of their positions, by default 0 ... T-1."""
+    if config.scale_embeddings or config.position == "sinusoidal":
+        x = x * math.sqrt(
+            config.width
+        )  # as Vaswani et al. do, whose sines are of size 1, and Gemma
     if embedding is None:
         return x
     if positions is None:
         positions = jnp.arange(x.shape[1])
-    if config.position == "sinusoidal":
-        x = x * math.sqrt(config.width)  # as Vaswani et al. do: sines are of size 1
     return x + embedding(positions).astype(x.dtype)
 
 
@@ -74,31 +81,39 @@ def make_bias(
     """T5's table of biases, [buckets, N], which a stack shares; None but for position "relative".
 
     Raises:
-      ValueError: positions are to be a score, and no layer of the stack is attention; `field` is
-        the config's that names its mixers.
+      ValueError: positions or a cap are to be a score, and no layer of the stack is attention;
+        `field` is the config's that names its mixers.
     """
-    if config.position not in ("alibi", "relative"):
-        return None
-    if not any(isinstance(block.mixer, nn.MultiHeadAttention) for block in blocks):
+    attention = any(isinstance(block.mixer, nn.MultiHeadAttention) for block in blocks)
+    if config.position in ("alibi", "relative") and not attention:
         raise ValueError(
             f"model.position: {config.position} positions are a score of attention's logits, and "
             f"no layer of model.{field} = {config.mixer!r} is attention"
         )
-    if config.position == "alibi":
+    if config.attention_softcap and not attention:
+        raise ValueError(
+            f"model.attention_softcap: {config.attention_softcap} was set, and no layer of "
+            f"model.{field} = {config.mixer!r} is attention"
+        )
+    if config.position != "relative":
         return None
     table = kernel_init(config)(rngs.params(), (config.relative_buckets, config.num_heads))
     return nnx.Param(table)
 
 
-def position_score(config: TransformerConfig, bias: nnx.Param | None) -> Score | None:
-    """The score by which attention knows positions: ALiBi's, T5's with its table, or none."""
+def logit_scores(config: TransformerConfig, bias: nnx.Param | None) -> tuple[Score, ...] | None:
+    """What happens to the logits of a stack's attention to itself: a cap, ALiBi, T5's table."""
+    scores: list[Score] = []
+    if config.attention_softcap:
+        scores.append(Softcap(config.attention_softcap))
     if config.position == "alibi":
-        return Alibi(alibi_slopes(config.num_heads))
+        scores.append(Alibi(alibi_slopes(config.num_heads)))
     if config.position == "relative":
-        return RelativeBias(
+        table = RelativeBias(
             bias[...], bidirectional=not config.causal, max_distance=config.relative_distance
         )
-    return None
+        scores.append(table)
+    return tuple(scores) or None
 
 
 def make_feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> nn.FeedForward | None:
@@ -116,9 +131,9 @@ def make_cross_attention(config: TransformerConfig, rngs: nnx.Rngs) -> nn.MultiH
     return nn.MultiHeadAttention(
         config.width, config.num_heads, **{name: getattr(config, name) for name in HEADS},
         use_bias=config.use_bias, qkv_bias=config.qkv_bias, qk_norm=config.qk_norm,
-        norm_epsilon=config.norm_epsilon, scale=config.attention_scale,
-        dropout_rate=config.dropout_rate, kernel_init=kernel_init(config),
-        out_init=out_init(config), dtype=config.dtype, rngs=rngs,
+        qk_norm_kind=qk_norm_kind(config), norm_epsilon=config.norm_epsilon,
+        scale=config.attention_scale, dropout_rate=config.dropout_rate,
+        kernel_init=kernel_init(config), out_init=out_init(config), dtype=config.dtype, rngs=rngs,
     )  # fmt: skip
 
 
@@ -176,7 +191,7 @@ def block_states(
     mask: Mask | None,
     positions: jax.Array | None,
     rngs: Sequence[jax.Array | None],
-    score: Score | None = None,
+    score: tuple[Score, ...] | None = None,
     **shared: Any,
 ) -> Iterator[jax.Array]:
     """The residual stream [B, T, D] after each block.
@@ -192,7 +207,7 @@ def block_states(
         if isinstance(block.mixer, nn.ValueResidualAttention):
             kwargs["first_values"] = first_values
             if first_values is None:  # the block computes them too, and the compiler shares them
-                seen = block.mixer_norm(x) if config.norm_position == "pre" else x
+                seen = x if config.norm_position == "post" else block.mixer_norm(x)
                 first_values = block.mixer.values(seen)
         apply = functools.partial(block, mask=mask, positions=positions, **kwargs)
         if config.remat:
@@ -220,6 +235,8 @@ def vocabulary_logits(
     bias: nnx.Param | None = None,
 ) -> jax.Array:
     """The logits, float32 [B, T, V], of x [B, T, D]; without a head, by the embedding."""
+    if config.scale_logits:
+        x = x / math.sqrt(config.width)
     if head is None:
         kernel = embedding.embedding[...].astype(x.dtype).T
         logits = nn.linear.flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

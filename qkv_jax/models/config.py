@@ -26,6 +26,7 @@ class TransformerConfig:
     num_kv_heads: int | None = None  # K
     head_dim: int | None = None  # H
     attention_scale: float | None = None  # of the logits; None: 1 / sqrt(H)
+    attention_softcap: float = 0.0  # of the logits of a stack's attention to itself; 0: none
     mixer: str = "attention"  # names of `mixers.MIXERS`, separated by commas, repeated over layers
     window: int = 64
     block_size: int = 16
@@ -45,7 +46,8 @@ class TransformerConfig:
     norm_position: str = "pre"
     position: str = "learned"
     rotary_base: float = 10_000.0
-    rotary_scaling: tuple[float, ...] | None = None  # of `ops.positions.llama3_frequencies`
+    rotary_scaling: tuple[float, ...] | None = None  # as in `nn.MultiHeadAttention`
+    local_rotary_base: float | None = None  # of "sliding_window" layers, which are not scaled
     relative_buckets: int = 32
     relative_distance: int = 128  # from here on, all keys share the last bucket
     qk_norm: bool = False
@@ -55,6 +57,8 @@ class TransformerConfig:
     share_qk: bool = False
     tie_embeddings: bool = True
     zero_init_outputs: bool = False
+    scale_embeddings: bool = False  # token embeddings times sqrt(D); "sinusoidal" does so anyway
+    scale_logits: bool = False  # the last residual stream divided by sqrt(D), before the head
     init_std: float = 0.02  # of embeddings and matrices
     logit_softcap: float = 0.0
     dropout_rate: float = 0.0
@@ -79,7 +83,7 @@ class TransformerConfig:
             raise ValueError(f"model.mlp_width: wanted an integer >= 0, got {self.mlp_width}")
         one_of("activation", self.activation, nn.ACTIVATIONS)
         one_of("norm", self.norm, nn.NORMS)
-        one_of("norm_position", self.norm_position, ("pre", "post"))
+        one_of("norm_position", self.norm_position, nn.NORM_POSITIONS)
         one_of("position", self.position, POSITIONS)
         check_dropout_and_dtype(self)
         if len(self.pattern) > self.num_layers:
@@ -107,16 +111,17 @@ class TransformerConfig:
                 "model.position: rotary needs an even model.head_dim, "
                 f"got model.head_dim = {self.attention_dim}"
             )
-        if self.rotary_scaling is not None and len(self.rotary_scaling) != 4:
+        if self.rotary_scaling is not None and len(self.rotary_scaling) not in (1, 4):
             raise ValueError(
-                "model.rotary_scaling: wanted four numbers (factor, low turns, high turns, "
-                f"original length), got {self.rotary_scaling}"
+                "model.rotary_scaling: wanted a factor, or four numbers (factor, low turns, high "
+                f"turns, original length), got {self.rotary_scaling}"
             )
-        if self.rotary_scaling is not None and self.position != "rotary":
-            raise ValueError(
-                f"model.rotary_scaling: {self.rotary_scaling} was set, but model.position = "
-                f"{self.position!r} has no frequencies"
-            )
+        for name in ("rotary_scaling", "local_rotary_base"):
+            if getattr(self, name) is not None and self.position != "rotary":
+                raise ValueError(
+                    f"model.{name}: {getattr(self, name)} was set, but model.position = "
+                    f"{self.position!r} has no frequencies"
+                )
         if self.position == "sinusoidal" and self.width % 2:
             raise ValueError(
                 f"model.width: sinusoidal positions need an even one, got {self.width}"
@@ -134,10 +139,14 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"model.{name}: wanted a number > 0, got {value}")
-        if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
-            raise ValueError(f"model.logit_softcap: wanted >= 0, got {self.logit_softcap}")
-        if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):
-            raise ValueError(f"model.rotary_base: wanted > 1, got {self.rotary_base}")
+        for name in ("logit_softcap", "attention_softcap"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"model.{name}: wanted >= 0, got {value}")
+        for name in ("rotary_base", "local_rotary_base"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 1):
+                raise ValueError(f"model.{name}: wanted > 1, got {value}")
 
     @property
     def pattern(self) -> tuple[str, ...]:

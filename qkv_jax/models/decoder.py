@@ -11,12 +11,12 @@ from qkv_jax.models.blocks import (
     apply_blocks,
     dropout_rngs,
     kernel_init,
+    logit_scores,
     make_bias,
     make_blocks,
+    make_final_norm,
     make_head,
-    make_norm,
     make_positions,
-    position_score,
     vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
         self.positions = make_positions(config, rngs)
         self.blocks = make_blocks(config, rngs)
         self.bias = make_bias(config, self.blocks, rngs)
-        self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
+        self.final_norm = make_final_norm(config, rngs)
         self.head = make_head(config, rngs)
 
     def __call__(
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
         x = nn.dropout(self.embed(tokens, positions), config.dropout_rate, first)
         x = apply_blocks(
             config, self.blocks, x, mask=mask, positions=positions, rngs=rngs,
-            score=position_score(config, self.bias),
+            score=logit_scores(config, self.bias),
         )  # fmt: skip
         return self.logits(x)
 

@@ -14,12 +14,13 @@ from qkv_jax.models.blocks import (
     block_states,
     dropout_rngs,
     kernel_init,
+    logit_scores,
     make_bias,
     make_blocks,
+    make_final_norm,
     make_head,
     make_norm,
     make_positions,
-    position_score,
     vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig, check_sizes
@@ -78,7 +79,7 @@ class Encoder(nnx.Module):
         self.embedding_norm = make_norm(config, rngs)()
         self.blocks = make_blocks(config, rngs)
         self.bias = make_bias(config, self.blocks, rngs)
-        self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
+        self.final_norm = make_final_norm(config, rngs)
 
     def __call__(
         self,
@@ -125,7 +126,7 @@ class Encoder(nnx.Module):
         return {
             "mask": None if lengths is None else Lengths(lengths),
             "positions": None,
-            "score": position_score(self.config, self.bias),
+            "score": logit_scores(self.config, self.bias),
         }
 
     def embed(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:

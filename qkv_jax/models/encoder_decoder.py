@@ -11,11 +11,11 @@ from qkv_jax.models.blocks import (
     apply_blocks,
     dropout_rngs,
     kernel_init,
+    logit_scores,
     make_bias,
     make_blocks,
-    make_norm,
+    make_final_norm,
     make_positions,
-    position_score,
 )
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig
@@ -121,7 +121,7 @@ class EncoderDecoder(nnx.Module):
             )  # fmt: skip
         self.positions = make_positions(config.encoder, rngs)
         self.blocks = make_blocks(config.encoder, rngs)
-        self.final_norm = make_norm(config, rngs)() if config.norm_position == "pre" else None
+        self.final_norm = make_final_norm(config, rngs)
         self.bias = make_bias(config.encoder, self.blocks, rngs, field="encoder_mixer")
 
     def __call__(
@@ -165,7 +165,7 @@ class EncoderDecoder(nnx.Module):
         x = apply_blocks(
             config, self.blocks, nn.dropout(x, config.dropout_rate, first),
             mask=None if source_lengths is None else Lengths(source_lengths),
-            positions=None, rngs=rngs, score=position_score(config, self.bias),
+            positions=None, rngs=rngs, score=logit_scores(config, self.bias),
         )  # fmt: skip
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -185,7 +185,7 @@ class EncoderDecoder(nnx.Module):
         x = apply_blocks(
             config, self.decoder.blocks, x,
             mask=Causal() if target_lengths is None else Causal() & Lengths(target_lengths),
-            positions=None, rngs=rngs, score=position_score(config, self.decoder.bias),
+            positions=None, rngs=rngs, score=logit_scores(config, self.decoder.bias),
             context=memory,
             context_mask=None if source_lengths is None else Lengths(source_lengths),
         )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 
 from qkv_jax import ops
-from qkv_jax.models.blocks import block_states, position_score
+from qkv_jax.models.blocks import block_states, logit_scores
 from qkv_jax.models.decoder import Decoder
 
 
@@ -28,7 +28,7 @@ def logit_lens(model: Decoder, tokens: jax.Array) -> Iterator[jax.Array]:
     x = model.embed(tokens)
     states = block_states(
         config, model.blocks, x, mask=ops.masks.Causal(), positions=None,
-        rngs=[None] * config.num_layers, score=position_score(config, model.bias),
+        rngs=[None] * config.num_layers, score=logit_scores(config, model.bias),
     )  # fmt: skip
     for state in itertools.chain([x], states):
         yield model.logits(state)

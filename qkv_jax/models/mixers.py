@@ -22,8 +22,9 @@ HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
 # The fields that only some mixers read. Positions and norms of q and k are not among them: a model
 # may mix layers that want them with layers that know order by themselves.
 SETTINGS = (
-    *HEADS, "attention_scale", "rotary_scaling", "window", "block_size", "num_blocks", "num_global",
-    "num_random", "window_blocks", "top_k", "num_features", "rank", "conv_width", "chunk_size",
+    *HEADS, "attention_scale", "rotary_scaling", "local_rotary_base", "window", "block_size",
+    "num_blocks", "num_global", "num_random", "window_blocks", "top_k", "num_features", "rank",
+    "conv_width", "chunk_size",
 )  # fmt: skip
 
 
@@ -83,9 +84,10 @@ def _attention(
             use_bias=config.use_bias,
             qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
+            qk_norm_kind=qk_norm_kind(config),
             norm_epsilon=config.norm_epsilon,
             rotary_base=_rotary_base(config, layer),
-            rotary_scaling=config.rotary_scaling,
+            rotary_scaling=None if _is_local(config, layer) else config.rotary_scaling,
             dropout_rate=config.dropout_rate,
             **own,
             **shared,
@@ -120,9 +122,20 @@ def _recurrence(module: type[nnx.Module], **fields: Any) -> Mixer:
     return _module(module, bidirectional=False, **shared, **fields)
 
 
+def qk_norm_kind(config: TransformerConfig) -> str:
+    """Of the norms of queries and keys, if there are any."""
+    return config.norm if config.norm == "zero_centered_rms" else "rms"
+
+
 def _rotary_base(config: TransformerConfig, layer: int) -> float | None:
-    del layer
-    return config.rotary_base if config.position == "rotary" else None
+    if config.position != "rotary":
+        return None
+    return config.local_rotary_base if _is_local(config, layer) else config.rotary_base
+
+
+def _is_local(config: TransformerConfig, layer: int) -> bool:
+    """Whether a layer has the rotation of local ones."""
+    return config.local_rotary_base is not None and config.mixers[layer] == "sliding_window"
 
 
 def _nsa_pattern(config: TransformerConfig, layer: int) -> Pattern:
@@ -153,7 +166,9 @@ def _fields(fields: dict[str, Any]) -> tuple[str, ...]:
 MIXERS: dict[str, Mixer] = {
     "attention": _attention(scale="attention_scale"),
     # Exact attention over part of the keys
-    "sliding_window": _attention(op=Op(sparse.Local, window="window")),
+    "sliding_window": _attention(
+        op=Op(sparse.Local, window="window"), scale="attention_scale", reads=("local_rotary_base",)
+    ),
     "chunked": _attention(op=Op(sparse.ChunkedLocal, size="window")),
     "longformer": _attention(op=Op(sparse.Longformer, window="window", num_global="num_global")),
     "streaming": _attention(

@@ -2,7 +2,7 @@
 
 from qkv_jax.nn.additive import AdditiveAttention, LuongAttention
 from qkv_jax.nn.attention import MultiHeadAttention
-from qkv_jax.nn.block import NORMS, TransformerBlock, dropout, make_norm
+from qkv_jax.nn.block import NORM_POSITIONS, TransformerBlock, dropout
 from qkv_jax.nn.convolution import GatedConvolution, LongConvolution
 from qkv_jax.nn.cope import ContextualPositionAttention
 from qkv_jax.nn.cosine import CosineAttention
@@ -25,6 +25,7 @@ from qkv_jax.nn.linear_attention import (
 from qkv_jax.nn.lowrank import LinformerAttention, SequenceProjections
 from qkv_jax.nn.memory import MemoryAttention
 from qkv_jax.nn.native_sparse import NativeSparseAttention
+from qkv_jax.nn.norms import NORMS, ZeroCenteredRMSNorm, make_norm
 from qkv_jax.nn.recurrent import GRU, LSTM, Recurrent, initial_state, run
 from qkv_jax.nn.sinks import SinkAttention
 from qkv_jax.nn.value_residual import ValueResidualAttention
@@ -34,6 +35,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "NORMS",
+    "NORM_POSITIONS",
     "AdditiveAttention",
     "ContextualPositionAttention",
     "CosineAttention",
@@ -65,6 +67,7 @@ __all__ = [
     "TalkingHeadsAttention",
     "TransformerBlock",
     "ValueResidualAttention",
+    "ZeroCenteredRMSNorm",
     "count",
     "dropout",
     "initial_state",

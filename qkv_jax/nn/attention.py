@@ -9,8 +9,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from qkv_jax import ops
-from qkv_jax.nn.block import make_norm
 from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.norms import make_norm
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.scores import Score
 
@@ -34,10 +34,11 @@ class MultiHeadAttention(nnx.Module):
       qkv_bias: whether the three projections in have biases; None: as `use_bias` says.
       qk_norm: normalise each query and key (RMS, with a learned scale [H]) before the rotation
         (Henry et al. 2020, arxiv.org/abs/2010.04245).
+      qk_norm_kind: "rms", or another of `NORMS`.
       norm_epsilon: of those norms.
       rotary_base: base of the rotary position embedding on queries and keys; None: no rotation.
-      rotary_scaling: what `ops.positions.llama3_frequencies` takes after width and base; None: the
-        frequencies of the base.
+      rotary_scaling: what `ops.positions.llama3_frequencies` takes after width and base, or the
+        factor alone of `ops.positions.linear_interpolation`; None: the frequencies of the base.
       share_kv: one projection makes keys and values.
       share_qk: one projection makes queries and keys.
       scale: factor of the logits; None: the op's own, which is 1 / sqrt(H) for `ops.attention`.
@@ -63,6 +64,7 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = False,
         qkv_bias: bool | None = None,
         qk_norm: bool = False,
+        qk_norm_kind: str = "rms",
         norm_epsilon: float | None = None,
         rotary_base: float | None = None,
         rotary_scaling: Sequence[float] | None = None,
@@ -104,12 +106,12 @@ class MultiHeadAttention(nnx.Module):
                 param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        def norm() -> nnx.RMSNorm | None:
+        def norm() -> Callable[[jax.Array], jax.Array] | None:
             if not qk_norm:
                 return None
             return make_norm(
-                "rms", self.head_dim, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype,
-                rngs=rngs,
+                qk_norm_kind, self.head_dim, epsilon=norm_epsilon, dtype=dtype,
+                param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
         inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -165,11 +167,13 @@ class MultiHeadAttention(nnx.Module):
         return self.out(out.reshape(B, T, -1))
 
     def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
-        if self.rotary_scaling is None:
-            frequencies = ops.positions.rotary_frequencies(self.head_dim, self.rotary_base)
+        frequencies = ops.positions.rotary_frequencies(self.head_dim, self.rotary_base)
+        scaling = self.rotary_scaling or (1.0,)
+        if len(scaling) == 1:
+            frequencies = ops.positions.linear_interpolation(frequencies, *scaling)
         else:
             frequencies = ops.positions.llama3_frequencies(
-                self.head_dim, self.rotary_base, *self.rotary_scaling
+                self.head_dim, self.rotary_base, *scaling
             )
         frequencies = ops.positions.linear_interpolation(frequencies, self.rotary_factor)
         return ops.positions.rotary(x, _or_range(positions, x), frequencies=frequencies)

@@ -6,43 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
 
-NORMS = ("layer", "rms", "none")
-
-
-def make_norm(
-    name: str,
-    width: int,
-    *,
-    use_bias: bool = True,
-    epsilon: float | None = None,
-    dtype: Dtype | None = None,
-    param_dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
-) -> Callable[[jax.Array], jax.Array]:
-    """The norm called "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019) of `width`.
-
-    "none" is the identity. What is added to the variance is by default 1e-5 for "layer", 1e-6 for
-    "rms".
-    """
-    if name == "layer":
-        return nnx.LayerNorm(
-            width, epsilon=1e-5 if epsilon is None else epsilon, use_bias=use_bias, dtype=dtype,
-            param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
-    if name == "rms":
-        return nnx.RMSNorm(
-            width, epsilon=1e-6 if epsilon is None else epsilon, dtype=dtype,
-            param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
-    if name == "none":
-        return _unchanged
-    raise ValueError(f"norm: wanted one of {list(NORMS)}, got {name!r}")
-
-
-def _unchanged(x: jax.Array) -> jax.Array:
-    return x
+NORM_POSITIONS = ("pre", "post", "both")
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
@@ -53,19 +18,34 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-class TransformerBlock(nnx.Module):
-    """Two residual branches, the norm before each ("pre") or after each sum ("post").
+def add_branch(
+    x: jax.Array,
+    branch: Callable[[jax.Array], jax.Array],
+    norm: Callable[[jax.Array], jax.Array],
+    out_norm: Callable[[jax.Array], jax.Array] | None,
+    norm_position: str,
+) -> jax.Array:
+    """`x` and what a branch adds to it, normed where `TransformerBlock` says; [B, T, D]."""
+    if norm_position == "post":
+        return norm(x + branch(x))
+    change = branch(norm(x))
+    return x + (change if out_norm is None else out_norm(change))
 
-        pre:   x = x + mix(norm(x));  x = x + feed_forward(norm(x))
-        post:  x = norm(x + mix(x));  x = norm(x + feed_forward(x))
+
+class TransformerBlock(nnx.Module):
+    """Two residual branches, each normed: first "pre", or in the end "post", or "both".
+
+        pre:   x + branch(norm(x))              Xiong et al. 2020, arxiv.org/abs/2002.04745
+        post:  norm(x + branch(x))              Vaswani et al. 2017, arxiv.org/abs/1706.03762
+        both:  x + out_norm(branch(norm(x)))    Gemma 2, 2024, arxiv.org/abs/2408.00118
 
     Args:
       mixer: a module that mixes tokens, such as `MultiHeadAttention`; it is called as
         `mixer(x, rng=rng, **kwargs)`.
       feed_forward: a module [B, T, D] -> [B, T, D]; None: there is one branch alone.
-      norm: makes a norm; called once for each branch.
-      norm_position: "pre" (Xiong et al. 2020, arxiv.org/abs/2002.04745) or "post" (Vaswani).
-      dropout_rate: of each branch's output, where a call passes `rng`.
+      norm: makes a norm; called once for each branch, twice with "both".
+      norm_position: "pre", "post" or "both".
+      dropout_rate: of each branch, where a call passes `rng`.
     """
 
     def __init__(
@@ -77,12 +57,17 @@ class TransformerBlock(nnx.Module):
         norm_position: str = "pre",
         dropout_rate: float = 0.0,
     ):
-        if norm_position not in ("pre", "post"):
-            raise ValueError(f"norm_position: wanted 'pre' or 'post', got {norm_position!r}")
+        if norm_position not in NORM_POSITIONS:
+            raise ValueError(
+                f"norm_position: wanted one of {list(NORM_POSITIONS)}, got {norm_position!r}"
+            )
+        both = norm_position == "both"
         self.mixer = mixer
         self.feed_forward = feed_forward
         self.mixer_norm = norm()
+        self.mixer_out_norm = norm() if both else None
         self.feed_forward_norm = None if feed_forward is None else norm()
+        self.feed_forward_out_norm = norm() if both and feed_forward is not None else None
         self.norm_position = norm_position
         self.dropout_rate = dropout_rate
 
@@ -96,9 +81,8 @@ class TransformerBlock(nnx.Module):
         def feed_forward(x: jax.Array) -> jax.Array:
             return dropout(self.feed_forward(x), self.dropout_rate, last_rng)
 
-        branches = [(mix, self.mixer_norm)]
-        if self.feed_forward is not None:
-            branches.append((feed_forward, self.feed_forward_norm))
-        for branch, norm in branches:
-            x = x + branch(norm(x)) if self.norm_position == "pre" else norm(x + branch(x))
-        return x
+        x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, self.norm_position)
+        if self.feed_forward is None:
+            return x
+        norms = self.feed_forward_norm, self.feed_forward_out_norm
+        return add_branch(x, feed_forward, *norms, self.norm_position)

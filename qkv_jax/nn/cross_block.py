@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qkv_jax.nn.block import TransformerBlock, dropout
+from qkv_jax.nn.block import TransformerBlock, add_branch, dropout
 from qkv_jax.ops.masks import Mask
 
 
 class CrossBlock(nnx.Module):
     """Three residual branches: a mixer of its own tokens, attention to a context, a feed-forward.
 
-        x = x + mix(norm(x))                              norm(x + mix(x)) with "post"
+        x = x + mix(norm(x))                              or as `norm_position` says
         x = TransformerBlock(cross, feed_forward)(x)      whose mixer reads the context
 
     The decoder's block of Vaswani et al. 2017, arxiv.org/abs/1706.03762.
@@ -23,8 +23,8 @@ class CrossBlock(nnx.Module):
       cross: a module that reads a context, such as `MultiHeadAttention`, called as
         `cross(x, context=context, mask=context_mask, rng=rng)`.
       feed_forward: a module [B, T, D] -> [B, T, D], or None.
-      norm: makes a norm; called once for each branch.
-      norm_position: "pre" or "post", as in `TransformerBlock`.
+      norm: makes a norm; called once for each branch, twice with "both".
+      norm_position: "pre", "post" or "both", as in `TransformerBlock`.
       dropout_rate: of each branch's output, where a call passes `rng`.
     """
 
@@ -40,6 +40,7 @@ class CrossBlock(nnx.Module):
     ):
         self.mixer = mixer
         self.mixer_norm = norm()
+        self.mixer_out_norm = norm() if norm_position == "both" else None
         self.cross = TransformerBlock(
             cross, feed_forward, norm=norm, norm_position=norm_position, dropout_rate=dropout_rate
         )
@@ -67,6 +68,6 @@ class CrossBlock(nnx.Module):
         def mix(x: jax.Array) -> jax.Array:
             return dropout(self.mixer(x, rng=mix_rng, **kwargs), self.cross.dropout_rate, drop_rng)
 
-        pre = self.cross.norm_position == "pre"
-        x = x + mix(self.mixer_norm(x)) if pre else self.mixer_norm(x + mix(x))
+        position = self.cross.norm_position
+        x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, position)
         return self.cross(x, context=context, mask=context_mask, rng=cross_rng)

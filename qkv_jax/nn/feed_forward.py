@@ -23,23 +23,25 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
+GATED = ("swiglu", "geglu")
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "relu_squared": relu_squared,
     "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 
 class FeedForward(nnx.Module):
-    """`act(x W_up) W_down`; for "swiglu" `(silu(x W_gate) * (x W_up)) W_down`.
+    """`act(x W_up) W_down`; gated, for "swiglu" and "geglu", `(act(x W_gate) * (x W_up)) W_down`.
 
     Args:
       width: D.
       hidden: F.
-      activation: gelu (exact), gelu_tanh, relu (Vaswani et al. 2017), relu_squared or swiglu
-        (Shazeer 2020, arxiv.org/abs/2002.05202).
+      activation: gelu (exact), gelu_tanh, relu (Vaswani et al. 2017), relu_squared; swiglu, whose
+        act is silu, or geglu, whose act is gelu_tanh (Shazeer 2020, arxiv.org/abs/2002.05202).
       use_bias: whether the layers have biases.
       kernel_init, out_init: initialisers of the layers in and of the layer out.
       dtype, param_dtype: of the computation and of the parameters.
@@ -69,7 +71,7 @@ class FeedForward(nnx.Module):
             )  # fmt: skip
 
         self.activation = activation
-        self.gate = linear(width, hidden, kernel_init) if activation == "swiglu" else None
+        self.gate = linear(width, hidden, kernel_init) if activation in GATED else None
         self.up = linear(width, hidden, kernel_init)
         self.down = linear(hidden, width, out_init)
 

@@ -54,7 +54,9 @@ def count(config, **changes):
         {"share_kv": True},
         {"qk_norm": True},
         {"norm": "layer"},
+        {"norm": "zero_centered_rms"},
         {"norm_position": "post"},
+        {"norm_position": "both"},
         {"position": "learned"},
         {"position": "sinusoidal"},
     ],
@@ -68,8 +70,9 @@ def test_the_parameters_are_counted_by_the_formula(config, changes):
     attention += (N * H + bias) * D + (2 * H if c.qk_norm else 0)
     feed_forward = (2 if c.activation == "swiglu" else 1) * (D + bias) * F + (F + bias) * D
     norm = D * (2 if c.use_bias and c.norm == "layer" else 1)
-    expected = V * D + c.num_layers * (attention + feed_forward + 2 * norm)
-    expected += norm if c.norm_position == "pre" else 0
+    norms = 4 if c.norm_position == "both" else 2
+    expected = V * D + c.num_layers * (attention + feed_forward + norms * norm)
+    expected += 0 if c.norm_position == "post" else norm
     expected += c.context * D if c.position == "learned" else 0
     expected += 0 if c.tie_embeddings else D * V
     assert count(config, **changes) == expected
@@ -189,6 +192,39 @@ def test_positions_that_are_a_score_need_attention():
     with pytest.raises(ValueError, match=r"model\.position: alibi .* model\.mixer = 'lstm'"):
         decoder(mixer="lstm", position="alibi")
     decoder(mixer="lstm,attention", position="alibi")
+
+
+def test_a_cap_of_the_logits_reaches_attention_and_needs_it():
+    m = model(config=dataclasses.replace(SMALL, attention_softcap=0.5))
+    x = m.embed(TOKENS)
+    for block in m.blocks:
+        x = block(x, mask=masks.Causal(), score=scores.Softcap(0.5))
+    assert_close(m(TOKENS), m.logits(x))
+    assert np.abs(m(TOKENS) - model()(TOKENS)).max() > 1e-2
+    with pytest.raises(ValueError, match=r"model\.attention_softcap: .* model\.mixer = 'lstm'"):
+        decoder(mixer="lstm", attention_softcap=0.5)
+
+
+def test_embeddings_and_logits_are_scaled_where_asked_for():
+    plain, root = model(), SMALL.width**0.5
+    scaled = model(config=dataclasses.replace(SMALL, scale_embeddings=True, scale_logits=True))
+    token = plain.embedding(TOKENS)
+    assert_close(scaled.embed(TOKENS) - plain.embed(TOKENS), (root - 1) * token, scale=4)
+    x = plain.embed(TOKENS)
+    assert_close(scaled.logits(x) * root, plain.logits(x), scale=4)
+
+
+def test_local_layers_may_have_a_rotation_of_their_own():
+    config = dataclasses.replace(
+        SMALL, position="rotary", mixer="sliding_window,attention", window=2, rotary_base=1e6,
+        rotary_scaling=(8.0,), local_rotary_base=100.0,
+    )  # fmt: skip
+    local, far = (block.mixer for block in decoder(config).blocks)
+    assert (local.rotary_base, local.rotary_scaling) == (100.0, None)
+    assert (far.rotary_base, far.rotary_scaling) == (1e6, (8.0,))
+    # A factor alone divides the positions.
+    stretched = model("rotary", config=dataclasses.replace(SMALL, position="rotary", rotary_scaling=(3.0,)))
+    assert_close(stretched(TOKENS, positions=3 * np.arange(T)), model("rotary")(TOKENS), scale=10)
 
 
 def test_interpolated_positions_are_those_of_a_text_stretched_by_the_factor():
@@ -350,7 +386,17 @@ def test_sinusoidal_positions_join_embeddings_of_their_own_size():
         ({"init_std": -0.1}, r"model\.init_std: wanted a number > 0, got -0\.1"),
         ({"rotary_base": 1.0}, r"model\.rotary_base: wanted > 1, got 1\.0"),
         ({"norm_epsilon": 0.0}, r"model\.norm_epsilon: wanted a number > 0, got 0\.0"),
-        ({"position": "rotary", "rotary_scaling": (8.0, 1.0)}, "wanted four numbers"),
+        ({"position": "rotary", "rotary_scaling": (8.0, 1.0)}, "wanted a factor, or four numbers"),
+        ({"local_rotary_base": 100.0}, r"local_rotary_base: .* 'learned' has no frequencies"),
+        (
+            {"position": "rotary", "local_rotary_base": 100.0},
+            r"model\.local_rotary_base: .* these do: sliding_window",
+        ),
+        (
+            {"position": "rotary", "local_rotary_base": 1.0, "mixer": "sliding_window"},
+            r"model\.local_rotary_base: wanted > 1, got 1.0",
+        ),
+        ({"attention_softcap": -1.0}, r"model\.attention_softcap: wanted >= 0, got -1.0"),
         ({"position": "none", "rotary_scaling": (8.0, 1.0, 4.0, 64)}, "'none' has no frequencies"),
         (
             {"position": "rotary", "rotary_scaling": (8.0, 1.0, 4.0, 64), "mixer": "retention"},

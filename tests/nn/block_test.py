@@ -31,12 +31,13 @@ def block(norm="layer", norm_position="pre", dropout_rate=0.0):
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("name", ["layer", "rms"])
+@pytest.mark.parametrize("name", ["layer", "rms", "zero_centered_rms"])
 def test_a_norm_is_its_formula(name, use_bias):
     norm = randomised(nn.make_norm(name, D, use_bias=use_bias, rngs=nnx.Rngs(0)))
     scale = np.asarray(norm.scale[...])
-    if name == "rms":
-        expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * scale
+    if name.endswith("rms"):
+        factor = scale if name == "rms" else 1 + scale
+        expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * factor
     else:
         centred = X - X.mean(-1, keepdims=True)
         expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale
@@ -53,7 +54,7 @@ def test_no_norm_changes_nothing():
 
 
 @pytest.mark.parametrize("norm", nn.NORMS)
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", nn.NORM_POSITIONS)
 def test_a_block_is_its_formula(norm_position, norm):
     b = block(norm, norm_position)
     mask, positions = masks.Causal(), np.array([0, 2, 1])
@@ -61,6 +62,9 @@ def test_a_block_is_its_formula(norm_position, norm):
     if norm_position == "pre":
         x = X + mix(b.mixer_norm(X))
         expected = x + b.feed_forward(b.feed_forward_norm(x))
+    elif norm_position == "both":
+        x = X + b.mixer_out_norm(mix(b.mixer_norm(X)))
+        expected = x + b.feed_forward_out_norm(b.feed_forward(b.feed_forward_norm(x)))
     else:
         x = b.mixer_norm(X + mix(X))
         expected = b.feed_forward_norm(x + b.feed_forward(x))
@@ -88,9 +92,7 @@ def test_dropout_drops_at_its_rate_and_scales_the_rest():
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(
-        ValueError, match=r"norm: wanted one of \['layer', 'rms', 'none'\], got 'batch'"
-    ):
+    with pytest.raises(ValueError, match=r"norm: wanted one of \['layer', .*\], got 'batch'"):
         block(norm="batch")
-    with pytest.raises(ValueError, match=r"norm_position: wanted 'pre' or 'post', got 'middle'"):
+    with pytest.raises(ValueError, match=r"norm_position: wanted .*'both'.*, got 'middle'"):
         block(norm_position="middle")

@@ -32,18 +32,21 @@ def block(norm_position="pre", dropout_rate=0.0):
     )
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", nn.NORM_POSITIONS)
 def test_a_block_is_its_formula(norm_position):
     b, lengths = block(norm_position), masks.Lengths(np.array([4, 7]))
     branches = [
-        (functools.partial(b.mixer, mask=masks.Causal()), b.mixer_norm),
-        (lambda x: b.cross.mixer(x, CONTEXT, mask=lengths), b.cross.mixer_norm),
-        (b.cross.feed_forward, b.cross.feed_forward_norm),
+        (functools.partial(b.mixer, mask=masks.Causal()), b, "mixer"),
+        (lambda x: b.cross.mixer(x, CONTEXT, mask=lengths), b.cross, "mixer"),
+        (b.cross.feed_forward, b.cross, "feed_forward"),
     ]
     expected = X
-    for branch, norm in branches:
+    for branch, holder, name in branches:
+        norm, out_norm = (getattr(holder, name + end) for end in ("_norm", "_out_norm"))
         if norm_position == "pre":
             expected = expected + branch(norm(expected))
+        elif norm_position == "both":
+            expected = expected + out_norm(branch(norm(expected)))
         else:
             expected = norm(expected + branch(expected))
     out = b(X, context=CONTEXT, context_mask=lengths, mask=masks.Causal())
@@ -69,5 +72,5 @@ def test_each_branch_is_dropped_by_a_key_of_its_own():
 
 
 def test_a_wrong_norm_position_is_named():
-    with pytest.raises(ValueError, match="norm_position: wanted 'pre' or 'post', got 'mid'"):
+    with pytest.raises(ValueError, match=r"norm_position: wanted .*'both'.*, got 'mid'"):
         block("mid")

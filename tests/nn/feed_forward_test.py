@@ -16,12 +16,18 @@ B, T, D, F = 2, 3, 5, 7
 X = np.random.RandomState(0).randn(B, T, D).astype("f")
 erf = np.vectorize(math.erf)
 
+
+def gelu_tanh(x):
+    return x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 FORMULAS = {
     "gelu": lambda x: x * (1 + erf(x / 2**0.5)) / 2,
-    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_tanh": gelu_tanh,
     "relu": lambda x: np.maximum(x, 0),
     "relu_squared": lambda x: np.maximum(x, 0) ** 2,
     "swiglu": lambda x: x / (1 + np.exp(-x)),
+    "geglu": gelu_tanh,
 }
 
 
@@ -51,14 +57,15 @@ def test_the_network_is_its_formula(name, use_bias):
         kernel = np.asarray(layer.kernel[...], np.float64)
         return x @ kernel + (np.asarray(layer.bias[...], np.float64) if use_bias else 0)
 
-    hidden = FORMULAS[name](linear(network.gate if name == "swiglu" else network.up, X))
-    if name == "swiglu":
+    gated = name in ("swiglu", "geglu")
+    hidden = FORMULAS[name](linear(network.gate if gated else network.up, X))
+    if gated:
         hidden = hidden * linear(network.up, X)
     assert_close(network(X), linear(network.down, hidden), scale=4)
 
 
 def test_parameter_counts():
-    for name, matrices in {"gelu": 2, "swiglu": 3}.items():
+    for name, matrices in {"gelu": 2, "swiglu": 3, "geglu": 3}.items():
         network = nn.FeedForward(D, F, activation=name, rngs=nnx.Rngs(0))
         assert nn.count(nn.split(network)[1]) == matrices * D * F
     network = nn.FeedForward(D, F, use_bias=True, rngs=nnx.Rngs(0))
