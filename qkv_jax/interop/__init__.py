@@ -1,7 +1,7 @@
 """Checkpoints of other libraries, in and out: Hugging Face's folders of safetensors."""
 
+from qkv_jax.interop.architecture import Architecture
 from qkv_jax.interop.architectures import TABLE as ARCHITECTURES
-from qkv_jax.interop.architectures import Architecture
 from qkv_jax.interop.checkpoint import Checkpoint, load, of_model, save
 
 __all__ = ["ARCHITECTURES", "Architecture", "Checkpoint", "load", "of_model", "save"]

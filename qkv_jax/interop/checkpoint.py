@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qkv_jax import nn
 from qkv_jax.data.files import read_text, write_atomically
-from qkv_jax.interop.architectures import ACTIVATIONS, TABLE, Architecture, Json, Tensor
+from qkv_jax.interop.architecture import ACTIVATIONS, Architecture, Json, Tensor
+from qkv_jax.interop.architectures import TABLE
 from qkv_jax.interop.tensors import Tensors, dtype_of, write
 
 CONFIG = "config.json"
@@ -56,12 +57,16 @@ def load(folder: str | Path, *, param_dtype: str = "float32", dtype: str = "floa
     """
     folder = Path(folder)
     architecture, config = _read_config(folder)
-    config = dataclasses.replace(config, dtype=dtype)
+    tensors = Tensors(folder)
+    if architecture.bare and not any(name.startswith(architecture.head) for name in tensors):
+        architecture = architecture.bare
+    config = dataclasses.replace(
+        config, dtype=dtype, tie_embeddings=_is_tied(architecture, config, tensors)
+    )
     graphdef, shapes = nn.split(
         nnx.eval_shape(lambda: architecture.model(config, rngs=nnx.Rngs(0)))
     )
     flat = _flat(shapes)
-    tensors = Tensors(folder)
     found: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for row in _rows(architecture, config.num_layers, flat):
@@ -112,6 +117,8 @@ def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
       ValueError: the architecture is unknown or not the model's.
     """
     architecture = _architecture(model_type)
+    if architecture.bare and isinstance(model, architecture.bare.model):
+        architecture = architecture.bare
     if not isinstance(model, architecture.model):
         raise ValueError(
             f"model: {model_type!r} is a {architecture.model.__name__}, got {type(model).__name__}"
@@ -133,6 +140,7 @@ def _read_config(folder: Path) -> tuple[Architecture, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: wanted an object, got {type(found).__name__}")
     architecture = _architecture(found.get("model_type"))
+    found = {**architecture.defaults, **found}
     for name, wanted in architecture.required.items():
         if found.get(name, wanted) != wanted:
             raise ValueError(f"{path}: wanted {name} = {wanted!r}, got {found[name]!r}")
@@ -213,7 +221,8 @@ def _rows(architecture: Architecture, num_layers: int, flat: Mapping[str, Any]) 
     for row in architecture.tensors:
         for layer in range(num_layers) if "{i}" in row.theirs else [0]:
             ours = tuple(path.replace("{i}", str(layer)) for path in row.ours)
-            if all(path in flat for path in ours):
+            beside = row.beside is None or row.beside.replace("{i}", str(layer)) in flat
+            if beside and left.issuperset(ours):
                 left -= set(ours)
                 theirs = row.theirs.replace("{i}", str(layer))
                 yield dataclasses.replace(row, theirs=theirs, ours=ours)
@@ -221,6 +230,17 @@ def _rows(architecture: Architecture, num_layers: int, flat: Mapping[str, Any]) 
         raise ValueError(
             f"a model of type {architecture.model_type!r} has no parameter {min(left)!r}"
         )
+
+
+def _is_tied(architecture: Architecture, config: Any, tensors: Tensors) -> bool:
+    """Whether the embedding is the head, too: not where both are there, and differ (Flan-T5)."""
+    if not config.tie_embeddings or TIED not in tensors:
+        return config.tie_embeddings
+    if all(row.theirs != TIED for row in architecture.tensors):
+        return True
+    rows = (row for row in architecture.tensors if row.ours[0].endswith("embedding.embedding"))
+    embedding = _present(next(rows).theirs, tensors, architecture)
+    return embedding is None or np.array_equal(tensors.read(embedding), tensors.read(TIED))
 
 
 def _present(name: str, tensors: Tensors, architecture: Architecture) -> str | None:

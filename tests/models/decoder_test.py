@@ -223,7 +223,9 @@ def test_local_layers_may_have_a_rotation_of_their_own():
     assert (local.rotary_base, local.rotary_scaling) == (100.0, None)
     assert (far.rotary_base, far.rotary_scaling) == (1e6, (8.0,))
     # A factor alone divides the positions.
-    stretched = model("rotary", config=dataclasses.replace(SMALL, position="rotary", rotary_scaling=(3.0,)))
+    stretched = model(
+        "rotary", config=dataclasses.replace(SMALL, position="rotary", rotary_scaling=(3.0,))
+    )
     assert_close(stretched(TOKENS, positions=3 * np.arange(T)), model("rotary")(TOKENS), scale=10)
 
 
