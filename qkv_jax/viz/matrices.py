@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qkv_jax.viz import style
+from qkv_jax.viz import fonts, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,8 +55,8 @@ def matrices_figure(
     if unknown := set(over_keys) - set(panels):
         raise ValueError(f"over_keys must name matrices of {list(panels)}; got {sorted(unknown)}")
 
-    labels = [style.visible(token) for token in tokens or ()]
-    longest_label = CHARACTER * max(map(len, labels), default=0)
+    labels = style.labels(tokens or ())
+    longest_label = CHARACTER * max(map(fonts.columns, labels), default=0)
     written = max(max(panel.shape) for panel in panels.values()) <= 12
     cell_width, cell_height = LARGE_CELL if written else SMALL_CELL
     lines = _lines(panels, width, cell_width, longest_label + 0.15)
@@ -68,7 +68,8 @@ def matrices_figure(
     total = (TITLE if title else 0) + len(lines) * ABOVE + sum(heights)
     fig = style.new_figure(width, total, layout=None, dpi=110)
     if title:
-        fig.text(MARGIN / width, 1 - 0.12 / total, title, fontsize=12, va="top", weight="bold")
+        place = MARGIN / width, 1 - 0.12 / total
+        fig.text(*place, style.heading(title), fontsize=12, va="top", weight="bold")
     top = TITLE if title else 0
     for line, height in zip(lines, heights, strict=True):
         top += ABOVE
