@@ -37,6 +37,9 @@ WORST = flags.DEFINE_integer(
     "worst", 0, "list so many of the tokens that a language model predicts worst", lower_bound=0
 )
 OUT = flags.DEFINE_string("out", None, "the page; default: <workdir>/attention.html")
+VECTOR_MB = flags.DEFINE_float(
+    "vector_mb", 1.0, "megabytes that a page gives to queries and keys, for q . k", lower_bound=0
+)
 FIGURES = flags.DEFINE_string("figures", None, "a folder for the maps as pictures, one a layer")
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "of the pictures")
 
@@ -57,6 +60,7 @@ def main(_) -> None:
             title="Attention of " + " and ".join(folder.name for folder in folders),
             about="\n".join(map(_about, models, found)),
             tables=[table for looked in found for table in looked.tables],
+            vector_bytes=round(1e6 * VECTOR_MB.value),
         )
         out = Path(OUT.value or folders[0] / "attention.html")
         out.parent.mkdir(parents=True, exist_ok=True)

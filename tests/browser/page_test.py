@@ -1,5 +1,6 @@
 """The page of attention in a real browser: it opens, answers to mouse and keys, loads nothing."""
 
+import re
 import shutil
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_clicking_and_keys_choose_heads_layers_and_pictures(opened):
         assert chosen.inner_text() == f"decoder, {wanted}"
     for key, what in [("2", ".map canvas"), ("3", ".text"), ("4", ".strip"), ("1", ".lines")]:
         page.keyboard.press(key)
-        assert page.locator(f".panel {what}").first.is_visible()
+        page.wait_for_selector(f".panel {what}")
     page.keyboard.press("c")
     assert page.locator(".panel").count() == 2
     assert chosen.inner_text() == "decoder, layer 3, head 2 beside decoder, layer 3, head 3"
@@ -121,8 +122,22 @@ def test_a_pair_of_tokens_shows_its_product(opened):
     page.locator(".panel select").nth(1).select_option("2")
     view = views()[0]
     product = float(np.dot(view.q[0, 6, 0], view.k[0, 2, 0]))
+    page.wait_for_selector(".strip canvas")
     text = page.locator(".panel").inner_text()
-    assert float(text.split("q · k =")[1].split(";")[0]) == pytest.approx(product, abs=0.05)
+    shown, error = map(float, re.search(r"q · k = (\S+) ± (\S+);", text).groups())
+    assert shown == pytest.approx(product, abs=2 * error) and 0 < error < 0.1
+
+
+def test_heads_that_share_keys_show_the_same(opened):
+    q, k = np.random.RandomState(2).randn(2, L, T, N, H)
+    k = k[:, :, : N // 2]
+    page = opened(attention_page([AttentionView("shared", causal(T), WORDS, q=q, k=k)], title="t"))
+    page.locator('#grid button[data-at="2.1"]').click()
+    page.keyboard.press("4")
+    page.wait_for_selector(".strip canvas")
+    shown = re.search(r"q · k = (\S+) ± (\S+);", page.locator(".panel").inner_text())
+    product = np.dot(q[2, T - 1, 1], k[2, T - 1, 0])  # heads 1 and 2 read the first keys
+    assert float(shown[1]) == pytest.approx(product, abs=2 * float(shown[2]))
 
 
 def test_attention_to_another_text_has_two_texts(opened):

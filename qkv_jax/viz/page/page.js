@@ -77,7 +77,6 @@ async function start() {
   $("about").textContent = data.about;
   for (const view of data.views) {
     view.cells = await unpack(view.cells, Uint8Array);
-    if (view.q) [view.q, view.k] = [await unpack(view.q, Float32Array), await unpack(view.k, Float32Array)];
   }
   $("view").append(...data.views.map((v, i) => make("option", { value: i }, v.name)));
   $("choose").hidden = data.views.length < 2;
