@@ -2,6 +2,7 @@
 
     python -m experiments.walkthrough                          # pictures into runs/walkthrough
     python -m experiments.walkthrough --out=results/walkthrough
+    python -m experiments.walkthrough --text="私は学校に行く。"  # a sentence of your own
 
 Two sentences go through four mechanisms: self-attention without weights, with trained projections,
 with a causal mask, and with two heads. Before that, softmax; after it, loops against matrices. The
@@ -9,11 +10,15 @@ text also goes to walkthrough.txt in the same folder. It takes ten seconds.
 
 "Your journey starts with one step" has the embeddings and the weights of Raschka's "Build a Large
 Language Model (From Scratch)", chapter 3, so the numbers are the book's. "The cat sat on the mat"
-has random ones, from a fixed seed.
+has random ones, from a fixed seed, and so has a sentence of your own, which goes through the four
+mechanisms alone. Japanese is cut into words by MeCab (pip install fugashi ipadic), else into
+characters.
 """
 
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +26,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
+from experiments import cli
 from experiments.walkthrough_mechanisms import MECHANISMS, Step
-from experiments.walkthrough_sentences import Sentence, cat, journey
+from experiments.walkthrough_sentences import Sentence, cat, journey, own
 from experiments.walkthrough_text import heading, number, numbers, paragraph, print_steps, table
 from qkv_jax import viz
 from qkv_jax.ops import basic
 
 _OUT = flags.DEFINE_string("out", "runs/walkthrough", "folder for the pictures and the text")
+_TEXT = flags.DEFINE_string("text", None, "a sentence of your own, of up to 12 words")
 
 
 def lesson(out: Path) -> Iterator[str]:
@@ -37,18 +44,23 @@ def lesson(out: Path) -> Iterator[str]:
     yield heading("From scores to weights")
     yield from softmax_lesson()
     for sentence in (journey(), cat()):
-        yield heading(f'"{sentence.text}"')
-        yield paragraph(sentence.note)
-        for place, (title, mechanism) in enumerate(MECHANISMS.items(), start=1):
-            steps = mechanism(sentence)
-            path = out / f"{sentence.name}_{place}_{mechanism.__name__}.png"
-            viz.save_figure(draw(steps, sentence, title), path)
-            yield f"{place}. {title}: {sentence.text}\n"
-            yield paragraph(mechanism.__doc__ or "")
-            yield print_steps(steps, sentence.tokens)
-            yield f"   drawn in {path.name}\n"
+        yield from sentence_lesson(sentence, out)
     yield heading("Loops and matrices: the same numbers, at another speed")
     yield from timing_lesson()
+
+
+def sentence_lesson(sentence: Sentence, out: Path) -> Iterator[str]:
+    """A sentence in the four mechanisms."""
+    yield heading(f'"{sentence.text}"')
+    yield paragraph(sentence.note)
+    for place, (title, mechanism) in enumerate(MECHANISMS.items(), start=1):
+        steps = mechanism(sentence)
+        path = out / f"{sentence.name}_{place}_{mechanism.__name__}.png"
+        viz.save_figure(draw(steps, sentence, title), path)
+        yield f"{place}. {title}: {sentence.text}\n"
+        yield paragraph(mechanism.__doc__ or "")
+        yield print_steps(steps, sentence.tokens)
+        yield f"   drawn in {path.name}\n"
 
 
 def draw(steps: list[Step], sentence: Sentence, title: str):
@@ -153,22 +165,21 @@ def median_time(function: Callable, args: tuple, budget: float = 0.3) -> float:
     return statistics.median(times)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it did not find
-    out = Path(_OUT.value)
-    pieces = [f"Attention, one matrix at a time\npython -m experiments.walkthrough --out={out}\n"]
-    print(pieces[0])
-    try:
-        for piece in lesson(out):
+    out, text = Path(_OUT.value), _TEXT.value
+    command = f"python -m experiments.walkthrough --out={out}"
+    command += "" if text is None else f" --text={shlex.quote(text)}"
+    pieces = [f"Attention, one matrix at a time\n{command}\n"]
+    with cli.one_sentence():
+        told = lesson(out) if text is None else sentence_lesson(own(text), out)
+        print(pieces[0])
+        for piece in told:
             print(piece, flush=True)
             pieces.append(piece)
         (out / "walkthrough.txt").write_text("\n".join(pieces), encoding="utf-8")
-    except OSError as error:
-        raise SystemExit(f"--out={out}: {error}") from None
     print(f"Pictures and this text are in {out}.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(cli.run(main))

@@ -1,8 +1,14 @@
 """The sentences of the walkthrough: their embeddings, and weights for each mechanism."""
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from qkv_jax import data
+
+MOST_WORDS = 12  # whose matrices fit a line of the terminal, and a picture with numbers in it
+JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uff66-\uff9f]")  # kana and kanji
 
 Weights = tuple[np.ndarray, ...]
 
@@ -20,7 +26,29 @@ class Sentence(NamedTuple):
 
     @property
     def tokens(self) -> list[str]:
-        return self.text.split()
+        return words(self.text)
+
+
+def words(text: str) -> list[str]:
+    """What stands between spaces, and of Japanese the words that MeCab finds.
+
+    Without the packages fugashi and ipadic, Japanese falls into characters.
+
+    >>> words("The cat sat")
+    ['The', 'cat', 'sat']
+    """
+    found = []
+    for piece in text.split():
+        found += _words_of_japanese(piece) if JAPANESE.search(piece) else [piece]
+    return found
+
+
+def _words_of_japanese(text: str) -> list[str]:
+    try:
+        tokenizer = data.MecabTokenizer.train(text, vocab_size=256 + len(text))  # has all its words
+    except ImportError:
+        return list(text)
+    return [tokenizer.decode(token[None]) for token in tokenizer.encode(text)]
 
 
 def journey() -> Sentence:
@@ -57,23 +85,47 @@ def journey() -> Sentence:
 
 def cat() -> Sentence:
     """A sentence with a word in it twice; random embeddings and weights of width 4."""
-    text = "The cat sat on the mat"
-    random = np.random.RandomState(0)  # NumPy has promised never to change this stream
-    words = text.lower().split()
-    embedding = {word: random.randn(4) for word in sorted(set(words))}
-    w_qkv = tuple(random.randn(4, 4) / 2 for _ in range(3))
-    w_out, b_out = random.randn(4, 4) / 2, np.zeros(4)
     return Sentence(
-        text=text,
+        text="The cat sat on the mat",
         name="cat",
         note='Embeddings and weights are random. "The" and "the" share one embedding: attention '
         "alone gives them the same output, because it does not know where a token stands. The "
         "causal mask tells them apart.",
-        x=np.array([embedding[word] for word in words], np.float32),
-        w_trained=_arrays(*w_qkv),
-        w_causal=_arrays(*w_qkv),
-        w_heads=_arrays(*w_qkv, w_out, b_out),
+        **_random("The cat sat on the mat".lower().split()),
     )
+
+
+def own(text: str) -> Sentence:
+    """A sentence of the reader's; random embeddings and weights, as the cat's.
+
+    Raises:
+        ValueError: it has no word, or more than `MOST_WORDS`.
+    """
+    tokens = words(text)
+    if not 1 <= len(tokens) <= MOST_WORDS:
+        raise ValueError(
+            f"text: wanted 1 to {MOST_WORDS} words, whose matrices fit a line; got {len(tokens)}"
+        )
+    return Sentence(
+        text=" ".join(text.split()),
+        name="own",
+        note="Embeddings and weights are random; a word that comes again has the same embedding.",
+        **_random([word.lower() for word in tokens]),
+    )
+
+
+def _random(words: list[str]) -> dict[str, Any]:
+    """Embeddings of width 4, one for each different word, and weights."""
+    random = np.random.RandomState(0)  # NumPy has promised never to change this stream
+    embedding = {word: random.randn(4) for word in sorted(set(words))}
+    w_qkv = tuple(random.randn(4, 4) / 2 for _ in range(3))
+    w_out, b_out = random.randn(4, 4) / 2, np.zeros(4)
+    return {
+        "x": np.array([embedding[word] for word in words], np.float32),
+        "w_trained": _arrays(*w_qkv),
+        "w_causal": _arrays(*w_qkv),
+        "w_heads": _arrays(*w_qkv, w_out, b_out),
+    }
 
 
 def _arrays(*nested) -> Weights:
