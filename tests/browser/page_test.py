@@ -150,6 +150,59 @@ def test_attention_to_another_text_has_two_texts(opened):
     assert "no queries and keys" in page.locator(".panel").inner_text()
 
 
+def test_what_cannot_be_seen_is_written_as_in_python(opened):
+    words = [
+        "\u202eabc",
+        "\u200b",
+        "\x00",
+        "👩\u200d🚀",
+        "می\u200cخواهم",
+        "\u200d",
+        "",
+        "\u3000\xa0",
+    ]
+    page = opened(attention_page([AttentionView("t", causal(len(words)), words)], title="t"))
+    rows = [row.replace("\u2068", "").replace("\u2069", "") for row in
+            page.locator(".queries .row").all_inner_texts()]  # fmt: skip
+    assert rows == ["\\u202eabc", "\\u200b", "\\x00", *words[3:5], "\\u200d", "∅", "\\u3000\\xa0"]
+    page.keyboard.press("3")
+    assert page.locator(".word").first.inner_text() == "\\u202eabc"
+
+
+def test_a_number_after_a_word_from_right_to_left_stays_after_it(opened):
+    words = ["שלום", "مرحبا", "the"]
+    table = PageTable("Lens", "note", ["after", "next"], [["1", f"{word} 10 %"] for word in words])
+    page = opened(attention_page([AttentionView("t", causal(3), words)], title="t", tables=[table]))
+    for cell in page.locator("#tables td:last-child").all():
+        places = cell.evaluate("""cell => {
+          const text = cell.firstChild, at = text.data.indexOf("10"), range = new Range();
+          const left = (from) => {
+            range.setStart(text, from); range.setEnd(text, from + 1);
+            return range.getBoundingClientRect().left;
+          };
+          return [left(1), left(at)];
+        }""")  # fmt: skip
+        assert places[0] < places[1]
+    page.keyboard.press("3")
+    first, second = (page.locator(".word").nth(i).bounding_box()["x"] for i in (0, 1))
+    assert first > second  # the text itself runs from right to left
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_labels_of_a_map_are_no_larger_than_its_cells(opened, width):
+    words = ["とんと", "見当"] * 14
+    page = opened(
+        attention_page([AttentionView("t", causal(28), words)], title="t"),
+        viewport={"width": width, "height": 800},
+    )
+    page.keyboard.press("2")
+    cell = page.locator(".map canvas").bounding_box()["height"] / 28
+    size = page.locator(".side span").first.evaluate(
+        "e => parseFloat(getComputedStyle(e).fontSize)"
+    )
+    assert 9 <= size <= 11 and size < cell
+
+
 def test_a_long_text_is_folded_and_unfolds(opened):
     words = [f"w{i}" for i in range(200)]
     page = opened(attention_page([AttentionView("long", causal(200), words)], title="Long"))

@@ -9,7 +9,7 @@ function drawTables() {
       const token = table.tokens ? table.tokens[i] : null;
       const open = () => { pick(token, token); state.incoming = false; $("look").scrollIntoView({ block: "start" }); };
       const attributes = token === null ? {} : { class: "opens", tabindex: 0, onclick: open, onkeydown: (e) => { if (e.key === "Enter") open(); } };
-      return make("tr", attributes, ...row.map((cell) => make("td", {}, cell)));
+      return make("tr", attributes, ...row.map((cell) => make("td", {}, apart(cell))));
     });
     $("tables").append(make("h2", {}, table.title), make("p", { class: "quiet" }, table.note), make("table", {}, head, ...rows));
   }

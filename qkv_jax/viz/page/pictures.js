@@ -203,20 +203,24 @@ function drawMap(box, h, at) {
   canvas.addEventListener("click", (event) => pick(...place(event)));
   box.append(make("p", { class: "quiet" }, "A row looks at the columns. Colours by the map's largest weight, on a square-root scale."),
     make("div", { class: "map" }, side, canvas, make("span"), foot));
-  if (canvas.clientWidth / h.S < 10) [side, foot].forEach((labels) => labels.replaceChildren()); // too close
+  const cell = canvas.clientWidth / h.S;
+  for (const labels of [side, foot]) {
+    labels.style.setProperty("--label", Math.min(11, 0.9 * cell) + "px");
+    if (cell < 10) labels.replaceChildren(); // too close
+  }
 }
 
 function drawText(box, h, at) {
   const view = data.views[at.view], self = view.self, incoming = state.incoming;
   const [token, key] = chosen(h), from = incoming ? key : token;
   const words = incoming ? view.queries : view.keys;
-  const area = make("div", { class: "text" });
+  const area = make("div", { class: "text", dir: "auto" });
   const spans = words.map((word, i) => make("button", {
     class: "word token" + (self && i === from ? " chosen" : ""),
     onmousemove: (e) => { const w = of(i); tip(e, `${shown(word)} (${i + 1})\n${percent(w, h)}`); },
     onmouseleave: tip,
     onclick: () => self ? pick(i, i) : incoming ? pick(i, key) : pick(token, i),
-  }, /^\s*$/.test(word) ? shown(word) + (word.includes("\n") ? "\n" : "") : word));
+  }, /^\s*$/.test(word) ? shown(word) + (word.includes("\n") ? "\n" : "") : legible(word)));
   const of = (i) => incoming ? weight(h, i, from) : weight(h, from, i);
   spans.forEach((span, i) => lay(span, of(i)));
   area.append(...spans);

@@ -60,7 +60,19 @@ const label = (h) => {
   const several = data.views.length > 1 ? data.views[h.view].name + ", " : "";
   return `${several}layer ${h.layer + 1}, head ${h.head + 1}`;
 };
-const shown = (token) => token.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+
+// What a font cannot draw becomes an escape, as in Python; marks that turn the direction of a text
+// would turn what stands beside it. Joiners stay between the letters that they join.
+const escaped = (c) => {
+  const code = c.codePointAt(0), digits = code < 0x100 ? 2 : code < 0x10000 ? 4 : 8;
+  return "\\" + { 2: "x", 4: "u", 8: "U" }[digits] + code.toString(16).padStart(digits, "0");
+};
+const legible = (text) =>
+  text.replace(/(?!(?<=\S)[\u200c\u200d](?=\S))[\p{C}\p{Zl}\p{Zp}]/gu, (c) => "\n\t".includes(c) ? c : escaped(c));
+const RTL = "[\\p{Script=Hebrew}\\p{Script=Arabic}]", WORDS_RTL = new RegExp(`${RTL}(?:(?:${RTL}|[\\p{M} ])*${RTL})?`, "gu");
+const apart = (text) => text.replace(WORDS_RTL, "\u2068$&\u2069"); // so that a number beside it keeps its place
+const shown = (token) => apart(legible(token).replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥")
+  .replace(/\p{Zs}/gu, escaped)) || "∅";
 
 // --- small helpers --------------------------------------------------------------------------------
 
