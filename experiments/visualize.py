@@ -9,7 +9,8 @@ python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat
 A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
 between tokens, the product of one query and key, measures of each head, and for a language model
-what it would say after each layer. --figures=<folder> draws the maps as PNG or SVG too.
+what it would say after each layer. Of a large model, queries and keys are left out unless
+--vector_mb gives them more room. --figures=<folder> draws the maps as PNG or SVG too.
 """
 
 import dataclasses

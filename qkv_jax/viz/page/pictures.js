@@ -226,7 +226,7 @@ function drawText(box, h, at) {
   area.append(...spans);
   const name = shown((incoming ? view.keys : view.queries)[from]);
   const intro = incoming ? `Who looks at “${name}” (${from + 1})` : `What “${name}” (${from + 1}) looks at`;
-  box.append(make("p", { class: "quiet" }, `${intro}: darker is more. ${self ? "Click a token to choose it." : ""}`));
+  box.append(make("p", { class: "quiet" }, `${intro}: the stronger its colour, the more. ${self ? "Click a token to choose it." : ""}`));
   if (!self) box.append(chooser(incoming ? view.keys : view.queries, from, (i) => incoming ? pick(token, i) : pick(i, key)));
   box.append(area);
 }
@@ -272,7 +272,7 @@ function drawProduct(box, h, at) {
     strip.append(make("span", {}, name), canvas);
   }
   box.append(strip, make("p", {}, `q · k = ${digits(sum, error)} ± ${digits(error, error)}; the weight is ${percent(weight(h, t, s), h)}.`),
-    make("p", { class: "quiet" }, "Blue above zero, orange below, the paler the smaller; queries and keys after their rotation and norm, before the scale. "
+    make("p", { class: "quiet" }, "Blue above zero, orange below, the fainter the smaller; queries and keys after their rotation and norm, before the scale. "
       + "They are rounded to 1/127 of their largest component; ± is twice the standard error that this makes."));
 }
 
