@@ -9,7 +9,8 @@ python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat
 A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
 between tokens, the product of one query and key, measures of each head, and for a language model
-what it would say after each layer. --figures=<folder> draws the maps as PNG or SVG too.
+what it would say after each layer. Of a large model, queries and keys are left out unless
+--vector_mb gives them more room. --figures=<folder> draws the maps as PNG or SVG too.
 """
 
 import dataclasses
@@ -37,6 +38,9 @@ WORST = flags.DEFINE_integer(
     "worst", 0, "list so many of the tokens that a language model predicts worst", lower_bound=0
 )
 OUT = flags.DEFINE_string("out", None, "the page; default: <workdir>/attention.html")
+VECTOR_MB = flags.DEFINE_float(
+    "vector_mb", 1.0, "megabytes that a page gives to queries and keys, for q . k", lower_bound=0
+)
 FIGURES = flags.DEFINE_string("figures", None, "a folder for the maps as pictures, one a layer")
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "of the pictures")
 
@@ -57,6 +61,7 @@ def main(_) -> None:
             title="Attention of " + " and ".join(folder.name for folder in folders),
             about="\n".join(map(_about, models, found)),
             tables=[table for looked in found for table in looked.tables],
+            vector_bytes=round(1e6 * VECTOR_MB.value),
         )
         out = Path(OUT.value or folders[0] / "attention.html")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import importlib.resources
 import json
+import math
 import string
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from numpy.typing import ArrayLike
 LEVELS = (255, 127, 63, 31, 15)
 SMALL, LARGE, PER_WEIGHT = 350_000, 14_000_000, 0.6  # bytes that packed weights may take
 SCRIPTS = ("state.js", "pictures.js", "page.js")  # in this order, one script
-PRODUCT_BYTES = 2_000_000  # of packed queries and keys, beyond which they are left out
+VECTOR_LEVELS = 127  # steps from 0 to the largest component of a query or key
+VECTOR_BYTES = 1_000_000  # of a view's packed queries and keys, beyond which they are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +70,23 @@ def attention_page(
     title: str,
     about: str = "",
     tables: Sequence[PageTable] = (),
+    vector_bytes: int = VECTOR_BYTES,
 ) -> str:
     """A page that shows attention: lines between tokens, maps, a text's shading, q . k of a pair.
 
     It holds all that it shows and loads nothing; a text in it stays text, whatever it says. Weights
     are kept as squares of multiples of 1/255, or of fewer levels where they would take more than
     0.6 bytes each and 350 kB together, or 14 MB; and shown with as many digits as that allows.
+    Queries and keys are multiples of 1/127 of the largest component of each, about 1.35 bytes a
+    component; q . k comes with the error that this makes.
 
     Args:
       views: what one can choose between: stacks of layers, or several models' for comparison.
       title: of the page.
       about: a line or a few under it.
       tables: under the pictures.
+      vector_bytes: that the queries and keys of a view may take; where they need more, the page
+        says so instead of showing q . k.
 
     Returns:
       HTML, to be written as UTF-8.
@@ -100,7 +107,8 @@ def attention_page(
     data = {
         "about": about,
         "views": [
-            _view(view, levels, packed) for view, packed in zip(views, cells, strict=True)
+            _view(view, levels, packed, vector_bytes)
+            for view, packed in zip(views, cells, strict=True)
         ],
         "tables": [dataclasses.asdict(table) for table in tables],
     }  # fmt: skip
@@ -147,7 +155,7 @@ def _pack(array: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(array.tobytes(), 6)).decode("ascii")
 
 
-def _view(view: AttentionView, levels: int, cells: str) -> dict[str, Any]:
+def _view(view: AttentionView, levels: int, cells: str, vector_bytes: int) -> dict[str, Any]:
     weights = np.asarray(view.weights)
     return {
         "name": view.name,
@@ -158,7 +166,7 @@ def _view(view: AttentionView, levels: int, cells: str) -> dict[str, Any]:
         "keys": list(view.queries if view.keys is None else view.keys),
         "self": view.keys is None,
         "measures": {name: _finite(values) for name, values in view.measures.items()},
-        **_product(view, weights.shape[1]),
+        **_product(view, vector_bytes),
     }
 
 
@@ -168,19 +176,25 @@ def _finite(values: ArrayLike) -> list[list[float | None]]:
     return [[float(f"{x:.4g}") if np.isfinite(x) else None for x in row] for row in rows]
 
 
-def _product(view: AttentionView, num_heads: int) -> dict[str, Any]:
+def _product(view: AttentionView, most: int) -> dict[str, Any]:
     """Queries and keys, head by head, or why there are none."""
     if view.q is None or view.k is None:
         return {"q": None, "why_no_product": "This attention has no queries and keys of one width."}
-    q, k = np.asarray(view.q, np.float32), np.asarray(view.k, np.float32)
-    k = np.repeat(k, num_heads // k.shape[2], axis=2)  # heads that share keys show the same
-    packed = [_pack(_short(np.moveaxis(x, 2, 1))) for x in (q, k)]
-    if sum(map(len, packed)) > PRODUCT_BYTES:
-        return {"q": None, "why_no_product": "Left out: the text is too long for all its queries "
-                "and keys to be kept. A shorter one has them."}  # fmt: skip
-    return {"q": packed[0], "k": packed[1], "width": q.shape[-1]}
+    q, k = _vectors(view.q), _vectors(view.k)
+    size = sum(len(text) for vectors in (q, k) for text in vectors.values())
+    if size > most:
+        needed = math.ceil(size / 1e5) / 10  # MB
+        return {"q": None, "why_no_product":
+                f"Left out: the queries and keys of this text take {needed} MB, more than the "
+                f"{most / 1e6:g} MB that the page may give them. A shorter text, --vector_mb="
+                f"{needed} of experiments.visualize or attention_page(vector_bytes="
+                f"{needed * 1e6:.0f}) shows them."}  # fmt: skip
+    return {"q": q, "k": k, "width": np.shape(view.q)[-1], "key_heads": np.shape(view.k)[2]}
 
 
-def _short(x: np.ndarray) -> np.ndarray:
-    """Float32 with 8 bits of the mantissa, which packs well: an error of 0.2 %."""
-    return (np.ascontiguousarray(x).view(np.uint32) + 0x4000 & 0xFFFF8000).view(np.float32)
+def _vectors(x: ArrayLike) -> dict[str, str]:
+    """Vectors [L, T, N, H] as integers, packed in the order [L, N, T, H], times a scale of each."""
+    x = np.moveaxis(np.asarray(x, np.float32), 2, 1)
+    scales = np.abs(x).max(-1, keepdims=True) / VECTOR_LEVELS
+    integers = np.rint(x / np.where(scales > 0, scales, 1)).astype(np.int8)
+    return {"integers": _pack(integers), "scales": _pack(scales)}

@@ -53,7 +53,7 @@ def loss_curve(
     floors = {name: float(loss) for name, loss in (floors or {}).items()}
     _frame(ax, finite + list(floors.values()))
     _draw_floors(ax, floors)
-    ax.set_title(title or "", loc="left", weight="bold", pad=22)
+    ax.set_title(style.heading(title), loc="left", weight="bold", pad=22)
     ax.set_xlabel("training step")
     ax.set_ylabel("loss (nats per token)")
     # Above the curves: no corner is free in every run.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qkv_jax.viz import style
+from qkv_jax.viz import fonts, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def attention_heatmap(
         fig = style.new_figure(size[0] + beside + 1.3, size[1] + below + (0.6 if title else 0.3))
         ax = fig.add_subplot()
     image = _draw_map(ax, weights, query_tokens, key_tokens, _norm(weights), size)
-    ax.set_title(title or "")
+    ax.set_title(style.heading(title))
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     _colour_bar(ax.figure, image, ax, size[1])
@@ -116,10 +116,10 @@ def heads_figure(
         left, bottom = head % columns == 0, head + columns >= num_heads
         image = _draw_map(ax, weights[head], query_tokens, key_tokens, norm, size)
         ax.tick_params(labelleft=left, labelbottom=bottom)
-        ax.set_title(names[head])
+        ax.set_title(style.heading(names[head]))
         ax.set_ylabel("query" if left else "")
         ax.set_xlabel("key" if bottom else "")
-    fig.suptitle(title or "", fontsize=11)
+    fig.suptitle(style.heading(title), fontsize=11)
     _colour_bar(fig, image, list(axes), size[1])
     return fig
 
@@ -147,7 +147,7 @@ def _labels(
             raise ValueError(
                 f"{name}: {length} labels wanted, for shape {shape}; got {len(tokens)}"
             )
-        labels.append(None if tokens is None else [style.visible(token) for token in tokens])
+        labels.append(None if tokens is None else style.labels(tokens))
     return labels[0], labels[1]
 
 
@@ -169,7 +169,7 @@ def _map_size(shape: tuple[int, ...]) -> tuple[float, float]:
 
 def _label_room(labels: list[str] | None) -> float:
     """Inches that the labels of an axis take away from the map."""
-    return 0.3 if labels is None else 0.085 * max(map(len, labels)) + 0.1
+    return 0.3 if labels is None else 0.085 * max(map(fonts.columns, labels)) + 0.1
 
 
 def _norm(weights: np.ndarray) -> PowerNorm:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qkv_jax.viz import style
+from qkv_jax.viz import fonts, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,8 @@ def matrices_figure(
 
     Each matrix has its own colour scale. Numbers of both signs are blue below 0 and red above,
     others run from white to blue. A boolean matrix shows a 1 where it is True; a number that is not
-    finite, such as the -inf of a hidden score, is grey.
+    finite, such as the -inf of a hidden score, is grey. The tokens of columns are turned where
+    one is wider than a cell.
 
     Args:
         matrices: name -> [rows, columns], drawn from left to right, then in further lines.
@@ -55,20 +56,22 @@ def matrices_figure(
     if unknown := set(over_keys) - set(panels):
         raise ValueError(f"over_keys must name matrices of {list(panels)}; got {sorted(unknown)}")
 
-    labels = [style.visible(token) for token in tokens or ()]
-    longest_label = CHARACTER * max(map(len, labels), default=0)
+    labels = style.labels(tokens or ())
+    longest_label = CHARACTER * max(map(fonts.columns, labels), default=0)
     written = max(max(panel.shape) for panel in panels.values()) <= 12
     cell_width, cell_height = LARGE_CELL if written else SMALL_CELL
     lines = _lines(panels, width, cell_width, longest_label + 0.15)
+    upright = longest_label <= cell_width  # the labels of columns; else they are turned
     heights = []  # of the cells and the column labels of each line
     for line in lines:
         labelled = any(name in over_keys for name in line)
-        below = max(BELOW, longest_label + 0.1) if labelled else BELOW
+        below = max(BELOW, longest_label + 0.1) if labelled and not upright else BELOW
         heights.append(cell_height * max(len(panels[name]) for name in line) + below)
     total = (TITLE if title else 0) + len(lines) * ABOVE + sum(heights)
     fig = style.new_figure(width, total, layout=None, dpi=110)
     if title:
-        fig.text(MARGIN / width, 1 - 0.12 / total, title, fontsize=12, va="top", weight="bold")
+        place = MARGIN / width, 1 - 0.12 / total
+        fig.text(*place, style.heading(title), fontsize=12, va="top", weight="bold")
     top = TITLE if title else 0
     for line, height in zip(lines, heights, strict=True):
         top += ABOVE
@@ -77,7 +80,8 @@ def matrices_figure(
             size = columns * cell_width, rows * cell_height
             bottom = total - top - size[1]
             ax = fig.add_axes((left / width, bottom / total, size[0] / width, size[1] / total))
-            _draw(ax, panels[name], labels, labels if name in over_keys else None, written)
+            columns = labels if name in over_keys else None
+            _draw(ax, panels[name], labels, columns, written, upright)
             ax.set_title(name, loc="left", fontsize=9.5, weight="bold", pad=17)
             _write_shape(ax, panels[name].shape)
         top += height
@@ -113,13 +117,14 @@ def _draw(
     row_labels: list[str],
     column_labels: list[str] | None,
     written: bool,
+    upright: bool,
 ) -> None:
     rows, columns = array.shape
     colours = _colours(array)
     ax.imshow(colours, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(rows), row_labels if len(row_labels) == rows else range(rows))
     if column_labels is not None and len(column_labels) == columns:
-        ax.set_xticks(range(columns), column_labels, rotation=90)
+        ax.set_xticks(range(columns), column_labels, rotation=0 if upright else 90)
     else:
         ax.set_xticks(range(columns), range(columns), rotation=0 if written else 90)
     ax.tick_params(length=0, labelsize=8, pad=3)

@@ -92,7 +92,7 @@ def lines_figure(
     if y_limits is not None:
         axes[0].set_ylim(*y_limits)
     if title:
-        fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+        fig.suptitle(style.heading(title), x=0.01, ha="left", weight="bold", fontsize=10)
     handles = {}
     for ax in axes:
         handles |= {
@@ -123,7 +123,7 @@ def _draw(ax: Axes, panel: Panel, look: Mapping[str, dict], log_base: int | None
             name, (place, 0.6), xycoords=("data", "axes fraction"), xytext=(1.5, 0), rotation=90,
             textcoords="offset points", color=style.MUTED, fontsize=7.5, va="top",
         )  # fmt: skip
-    ax.set_title(panel.title, loc="left")
+    ax.set_title(style.heading(panel.title), loc="left")
     ax.set_xlabel(panel.x_label)
     if log_base is not None:
         ax.set_xscale("log", base=log_base)

@@ -1,14 +1,15 @@
-"""What all figures share: colours, fonts, readable tokens, and how a figure becomes a file."""
+"""What all figures share: colours, readable tokens, and how a figure becomes a file."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qkv_jax.viz import fonts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,16 +27,6 @@ SEQUENTIAL = "Blues"  # weights: nothing is white
 DIVERGING = "RdBu_r"  # signed numbers: 0 is white
 
 _SYMBOLS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-_CJK_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans JP",
-    "IPAexGothic",
-    "IPAGothic",
-    "TakaoGothic",
-    "Hiragino Sans",
-    "Yu Gothic",
-    "MS Gothic",
-)
 
 
 @contextlib.contextmanager
@@ -44,7 +35,7 @@ def house_style() -> Iterator[None]:
     import matplotlib
 
     look = {
-        "font.family": list(_fonts()),
+        "font.family": list(fonts.families()),
         "font.size": 9.0,
         "text.color": INK,
         "text.usetex": False,
@@ -111,7 +102,7 @@ def save_figure(fig: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def visible(token: str) -> str:
-    """The token as a label: spaces as ␣, newlines as ⏎, what no font can draw as an escape.
+    """The token as text that one can see: spaces as ␣, newlines as ⏎, the unprintable as escapes.
 
     >>> visible(" the"), visible("\\n"), visible("\\x00")
     ('␣the', '⏎', '\\\\x00')
@@ -122,26 +113,14 @@ def visible(token: str) -> str:
 def _visible_character(character: str) -> str:
     if character in _SYMBOLS:
         return _SYMBOLS[character]
-    if character.isascii() and character.isprintable():
-        return character
-    if character.isprintable() and ord(character) in _drawable():
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character if character.isprintable() else fonts.escape(character)
 
 
-@functools.cache
-def _fonts() -> tuple[str, ...]:
-    """matplotlib's own font, then the installed ones that can write Japanese and Chinese."""
-    from matplotlib import font_manager
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *(name for name in _CJK_FONTS if name in installed))
+def labels(tokens: Iterable[str]) -> list[str]:
+    """The tokens as a picture shows them: visible, and in characters that a font has."""
+    return fonts.drawable(map(visible, tokens))
 
 
-@functools.cache
-def _drawable() -> frozenset[int]:
-    """Code points that one of the fonts can draw."""
-    from matplotlib import font_manager
-
-    paths = (font_manager.findfont(name) for name in _fonts())
-    return frozenset(point for path in paths for point in font_manager.get_font(path).get_charmap())
+def heading(text: str | None) -> str:
+    """A picture's title as it can be drawn; none is empty."""
+    return fonts.drawable([text or ""])[0]

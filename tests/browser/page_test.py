@@ -1,5 +1,6 @@
 """The page of attention in a real browser: it opens, answers to mouse and keys, loads nothing."""
 
+import re
 import shutil
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_clicking_and_keys_choose_heads_layers_and_pictures(opened):
         assert chosen.inner_text() == f"decoder, {wanted}"
     for key, what in [("2", ".map canvas"), ("3", ".text"), ("4", ".strip"), ("1", ".lines")]:
         page.keyboard.press(key)
-        assert page.locator(f".panel {what}").first.is_visible()
+        page.wait_for_selector(f".panel {what}")
     page.keyboard.press("c")
     assert page.locator(".panel").count() == 2
     assert chosen.inner_text() == "decoder, layer 3, head 2 beside decoder, layer 3, head 3"
@@ -121,8 +122,22 @@ def test_a_pair_of_tokens_shows_its_product(opened):
     page.locator(".panel select").nth(1).select_option("2")
     view = views()[0]
     product = float(np.dot(view.q[0, 6, 0], view.k[0, 2, 0]))
+    page.wait_for_selector(".strip canvas")
     text = page.locator(".panel").inner_text()
-    assert float(text.split("q · k =")[1].split(";")[0]) == pytest.approx(product, abs=0.05)
+    shown, error = map(float, re.search(r"q · k = (\S+) ± (\S+);", text).groups())
+    assert shown == pytest.approx(product, abs=2 * error) and 0 < error < 0.1
+
+
+def test_heads_that_share_keys_show_the_same(opened):
+    q, k = np.random.RandomState(2).randn(2, L, T, N, H)
+    k = k[:, :, : N // 2]
+    page = opened(attention_page([AttentionView("shared", causal(T), WORDS, q=q, k=k)], title="t"))
+    page.locator('#grid button[data-at="2.1"]').click()
+    page.keyboard.press("4")
+    page.wait_for_selector(".strip canvas")
+    shown = re.search(r"q · k = (\S+) ± (\S+);", page.locator(".panel").inner_text())
+    product = np.dot(q[2, T - 1, 1], k[2, T - 1, 0])  # heads 1 and 2 read the first keys
+    assert float(shown[1]) == pytest.approx(product, abs=2 * float(shown[2]))
 
 
 def test_attention_to_another_text_has_two_texts(opened):
@@ -133,6 +148,59 @@ def test_attention_to_another_text_has_two_texts(opened):
     assert page.locator(".keys .row").count() == T
     page.keyboard.press("4")
     assert "no queries and keys" in page.locator(".panel").inner_text()
+
+
+def test_what_cannot_be_seen_is_written_as_in_python(opened):
+    words = [
+        "\u202eabc",
+        "\u200b",
+        "\x00",
+        "👩\u200d🚀",
+        "می\u200cخواهم",
+        "\u200d",
+        "",
+        "\u3000\xa0",
+    ]
+    page = opened(attention_page([AttentionView("t", causal(len(words)), words)], title="t"))
+    rows = [row.replace("\u2068", "").replace("\u2069", "") for row in
+            page.locator(".queries .row").all_inner_texts()]  # fmt: skip
+    assert rows == ["\\u202eabc", "\\u200b", "\\x00", *words[3:5], "\\u200d", "∅", "\\u3000\\xa0"]
+    page.keyboard.press("3")
+    assert page.locator(".word").first.inner_text() == "\\u202eabc"
+
+
+def test_a_number_after_a_word_from_right_to_left_stays_after_it(opened):
+    words = ["שלום", "مرحبا", "the"]
+    table = PageTable("Lens", "note", ["after", "next"], [["1", f"{word} 10 %"] for word in words])
+    page = opened(attention_page([AttentionView("t", causal(3), words)], title="t", tables=[table]))
+    for cell in page.locator("#tables td:last-child").all():
+        places = cell.evaluate("""cell => {
+          const text = cell.firstChild, at = text.data.indexOf("10"), range = new Range();
+          const left = (from) => {
+            range.setStart(text, from); range.setEnd(text, from + 1);
+            return range.getBoundingClientRect().left;
+          };
+          return [left(1), left(at)];
+        }""")  # fmt: skip
+        assert places[0] < places[1]
+    page.keyboard.press("3")
+    first, second = (page.locator(".word").nth(i).bounding_box()["x"] for i in (0, 1))
+    assert first > second  # the text itself runs from right to left
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_labels_of_a_map_are_no_larger_than_its_cells(opened, width):
+    words = ["とんと", "見当"] * 14
+    page = opened(
+        attention_page([AttentionView("t", causal(28), words)], title="t"),
+        viewport={"width": width, "height": 800},
+    )
+    page.keyboard.press("2")
+    cell = page.locator(".map canvas").bounding_box()["height"] / 28
+    size = page.locator(".side span").first.evaluate(
+        "e => parseFloat(getComputedStyle(e).fontSize)"
+    )
+    assert 9 <= size <= 11 and size < cell
 
 
 def test_a_long_text_is_folded_and_unfolds(opened):

@@ -45,10 +45,12 @@ def test_two_runs_are_compared_on_one_text_of_a_file(visualize, finished, tmp_pa
     assert all(view["shape"][2] == 6 for view in data_of(page.read_text(encoding="utf-8"))["views"])
 
 
-def test_without_a_text_it_shows_what_the_report_shows(visualize):
-    page, done = visualize()
+def test_without_a_text_it_shows_what_the_report_shows_in_as_many_bytes_as_one_wants(visualize):
+    page, done = visualize("--vector_mb=0")
     assert done.returncode == 0, done.stderr
-    assert len(data_of(page.read_text(encoding="utf-8"))["views"][0]["queries"]) > 1
+    view = data_of(page.read_text(encoding="utf-8"))["views"][0]
+    assert len(view["queries"]) > 1
+    assert view["q"] is None and "more than the 0 MB" in view["why_no_product"]
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -36,24 +36,51 @@ def test_weights_are_kept_to_half_a_level():
     assert (view["queries"], view["keys"]) == (QUERIES, KEYS)
 
 
-def test_queries_and_keys_are_kept_head_by_head():
-    (view,) = data_of(attention_page([VIEW], title="t"))["views"]
-    q = unpacked(view["q"], np.float32).reshape(L, N, T, H)
-    k = unpacked(view["k"], np.float32).reshape(L, N, S, H)
-    np.testing.assert_allclose(q, np.moveaxis(VIEW.q, 2, 1), rtol=4e-3)
-    for head in range(N):  # two heads share the keys of one
-        np.testing.assert_allclose(k[:, head], VIEW.k[:, :, head // 2], rtol=4e-3)
+def kept(vectors, shape):
+    """Vectors as the page shows them, and the step that each is rounded to."""
+    scales = unpacked(vectors["scales"], np.float32).reshape(*shape[:-1], 1)
+    return unpacked(vectors["integers"], np.int8).reshape(shape) * scales, scales
 
 
-def test_a_page_that_would_be_too_large_has_fewer_levels_and_no_products():
-    short, long = (RNG.dirichlet(np.ones(T), (2, 4, T)).astype("f") for T in (40, 300))
-    q = RNG.randn(2, 300, 4, 512)
-    page = attention_page([AttentionView("long", long, ["x"] * 300, q=q, k=q)], title="t")
+def test_queries_and_keys_are_kept_head_by_head_to_half_a_step():
+    wide = RNG.randn(L, T, N, H) * 10.0 ** RNG.randint(-3, 4, (L, T, N, 1))  # of any length
+    wide[1, 2, 3] = 0
+    page = attention_page([dataclasses.replace(VIEW, q=wide)], title="t")
     (view,) = data_of(page)["views"]
+    assert (view["width"], view["key_heads"]) == (H, K)  # shared keys are there once
+    for vectors, given in ((view["q"], wide), (view["k"], VIEW.k)):
+        given = np.moveaxis(given, 2, 1)
+        shown, steps = kept(vectors, given.shape)
+        assert (abs(shown - given) <= 0.501 * steps).all()
+        np.testing.assert_allclose(steps[..., 0], abs(given).max(-1) / 127, rtol=1e-6)
+
+
+def test_a_page_that_would_be_too_large_has_fewer_levels():
+    short, long = (RNG.dirichlet(np.ones(T), (2, 4, T)).astype("f") for T in (40, 300))
+    (view,) = data_of(attention_page([AttentionView("l", long, ["x"] * 300)], title="t"))["views"]
     assert view["levels"] < 255 and len(view["cells"]) <= 0.6 * long.size
-    assert view["q"] is None and "too long" in view["why_no_product"]
     (view,) = data_of(attention_page([AttentionView("s", short, ["x"] * 40)], title="t"))["views"]
     assert view["levels"] == 255
+
+
+def of_12_layers_and_heads(length):
+    """A view of GPT-2's size with weights as various as a causal model's can be."""
+    raw = np.tril(RNG.rand(12, 12, length, length) ** 6) + np.eye(length) * 1e-6
+    q, k = RNG.randn(2, 12, length, 12, 64)
+    return AttentionView("x", raw / raw.sum(-1, keepdims=True), ["word"] * length, q=q, k=k)
+
+
+def test_queries_and_keys_of_a_large_model_are_shown_where_one_asks_for_them():
+    view = of_12_layers_and_heads(64)
+    small = attention_page([view], title="t")
+    assert len(small.encode()) < 400_000
+    (data,) = data_of(small)["views"]
+    assert data["q"] is None
+    megabytes = float(re.search(r"take (\S+) MB, more than the 1 MB", data["why_no_product"])[1])
+    assert 1.5 < megabytes < 1.8 and f"--vector_mb={megabytes} " in data["why_no_product"]
+    large = attention_page([view], title="t", vector_bytes=round(megabytes * 1e6))
+    assert data_of(large)["views"][0]["q"]
+    assert len(large.encode()) - len(small.encode()) < megabytes * 1e6
 
 
 def test_what_a_text_says_stays_text():

@@ -35,6 +35,17 @@ def test_rows_are_tokens_and_columns_too_where_they_stand_for_keys():
     assert [label.get_text() for label in x.get_xticklabels()] == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(("tokens", "turned"), [
+    (["the", "cat"], 0), (["a", "食べ"], 0), (["the", "kitten"], 90), (["a", "食べる"], 90),
+])  # fmt: skip
+def test_columns_tokens_are_turned_where_one_is_wider_than_a_cell(tokens, turned):
+    (ax,) = viz.matrices_figure({"scores": np.ones((2, 2))}, tokens, over_keys=["scores"]).axes
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {turned}
+    upright = viz.matrices_figure({"x": np.ones((2, 2))}, tokens)
+    taller = ax.figure.get_size_inches()[1] > upright.get_size_inches()[1]
+    assert taller == (turned == 90)
+
+
 def test_masks_and_hidden_scores_are_drawn_as_such(tmp_path):
     matrices = {
         "mask": np.array([[True, False]]),

@@ -9,7 +9,7 @@ function drawTables() {
       const token = table.tokens ? table.tokens[i] : null;
       const open = () => { pick(token, token); state.incoming = false; $("look").scrollIntoView({ block: "start" }); };
       const attributes = token === null ? {} : { class: "opens", tabindex: 0, onclick: open, onkeydown: (e) => { if (e.key === "Enter") open(); } };
-      return make("tr", attributes, ...row.map((cell) => make("td", {}, cell)));
+      return make("tr", attributes, ...row.map((cell) => make("td", {}, apart(cell))));
     });
     $("tables").append(make("h2", {}, table.title), make("p", { class: "quiet" }, table.note), make("table", {}, head, ...rows));
   }
@@ -77,7 +77,6 @@ async function start() {
   $("about").textContent = data.about;
   for (const view of data.views) {
     view.cells = await unpack(view.cells, Uint8Array);
-    if (view.q) [view.q, view.k] = [await unpack(view.q, Float32Array), await unpack(view.k, Float32Array)];
   }
   $("view").append(...data.views.map((v, i) => make("option", { value: i }, v.name)));
   $("choose").hidden = data.views.length < 2;

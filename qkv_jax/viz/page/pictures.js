@@ -203,26 +203,30 @@ function drawMap(box, h, at) {
   canvas.addEventListener("click", (event) => pick(...place(event)));
   box.append(make("p", { class: "quiet" }, "A row looks at the columns. Colours by the map's largest weight, on a square-root scale."),
     make("div", { class: "map" }, side, canvas, make("span"), foot));
-  if (canvas.clientWidth / h.S < 10) [side, foot].forEach((labels) => labels.replaceChildren()); // too close
+  const cell = canvas.clientWidth / h.S;
+  for (const labels of [side, foot]) {
+    labels.style.setProperty("--label", Math.min(11, 0.9 * cell) + "px");
+    if (cell < 10) labels.replaceChildren(); // too close
+  }
 }
 
 function drawText(box, h, at) {
   const view = data.views[at.view], self = view.self, incoming = state.incoming;
   const [token, key] = chosen(h), from = incoming ? key : token;
   const words = incoming ? view.queries : view.keys;
-  const area = make("div", { class: "text" });
+  const area = make("div", { class: "text", dir: "auto" });
   const spans = words.map((word, i) => make("button", {
     class: "word token" + (self && i === from ? " chosen" : ""),
     onmousemove: (e) => { const w = of(i); tip(e, `${shown(word)} (${i + 1})\n${percent(w, h)}`); },
     onmouseleave: tip,
     onclick: () => self ? pick(i, i) : incoming ? pick(i, key) : pick(token, i),
-  }, /^\s*$/.test(word) ? shown(word) + (word.includes("\n") ? "\n" : "") : word));
+  }, /^\s*$/.test(word) ? shown(word) + (word.includes("\n") ? "\n" : "") : legible(word)));
   const of = (i) => incoming ? weight(h, i, from) : weight(h, from, i);
   spans.forEach((span, i) => lay(span, of(i)));
   area.append(...spans);
   const name = shown((incoming ? view.keys : view.queries)[from]);
   const intro = incoming ? `Who looks at “${name}” (${from + 1})` : `What “${name}” (${from + 1}) looks at`;
-  box.append(make("p", { class: "quiet" }, `${intro}: darker is more. ${self ? "Click a token to choose it." : ""}`));
+  box.append(make("p", { class: "quiet" }, `${intro}: the stronger its colour, the more. ${self ? "Click a token to choose it." : ""}`));
   if (!self) box.append(chooser(incoming ? view.keys : view.queries, from, (i) => incoming ? pick(token, i) : pick(i, key)));
   box.append(area);
 }
@@ -241,23 +245,35 @@ function drawProduct(box, h, at) {
     box.append(make("p", { class: "quiet" }, view.why_no_product));
     return;
   }
-  const [, N, T, S] = view.shape, H = view.width;
-  const q = view.q.subarray(((at.layer * N + at.head) * T + t) * H).subarray(0, H);
-  const k = view.k.subarray(((at.layer * N + at.head) * S + s) * H).subarray(0, H);
-  const products = Float32Array.from(q, (x, i) => x * k[i]);
+  if (!view.unpacked) {
+    view.unpacking ??= unpackVectors(view).then(drawPanels);
+    return;
+  }
+  const [, N, T, S] = view.shape, H = view.width, K = view.key_heads;
+  const q = vector(view.q, H, (at.layer * N + at.head) * T + t);
+  const k = vector(view.k, H, (at.layer * K + Math.floor(at.head * K / N)) * S + s);
+  const products = q.values.map((x, i) => x * k.values[i]);
   const sum = products.reduce((a, b) => a + b, 0);
+  // Twice the standard error: a number rounded to a step is off by step / √12.
+  const errors = q.values.map((x, i) => Math.hypot(x * k.scale, k.values[i] * q.scale) / Math.sqrt(3));
+  const error = Math.hypot(...errors);
   const strip = make("div", { class: "strip" });
-  const unit = Math.max(...q.map(Math.abs), ...k.map(Math.abs)) || 1, most = Math.max(...products.map(Math.abs)) || 1;
-  for (const [name, values, top] of [["q", q, unit], ["k", k, unit], ["q × k", products, most]]) {
+  const most = (values) => Math.max(...values.map(Math.abs)) || 1, unit = Math.max(most(q.values), most(k.values));
+  const rows = [
+    ["q", q.values, unit, () => q.scale / 2], ["k", k.values, unit, () => k.scale / 2],
+    ["q × k", products, most(products), (i) => errors[i]],
+  ];
+  for (const [name, values, top, off] of rows) {
     const canvas = make("canvas", { onmouseleave: tip, onmousemove: (e) => {
       const i = Math.min(H - 1, Math.floor(e.offsetX / canvas.clientWidth * H));
-      tip(e, `${name}, component ${i + 1} of ${H}: ${number(values[i])}`);
+      tip(e, `${name}, component ${i + 1} of ${H}: ${digits(values[i], off(i))}`);
     } });
     signed(canvas, values, top);
     strip.append(make("span", {}, name), canvas);
   }
-  box.append(strip, make("p", {}, `q · k = ${number(sum)}; the weight is ${percent(weight(h, t, s), h)}.`),
-    make("p", { class: "quiet" }, "Blue above zero, orange below, the paler the smaller; queries and keys after their rotation and norm, before the scale."));
+  box.append(strip, make("p", {}, `q · k = ${digits(sum, error)} ± ${digits(error, error)}; the weight is ${percent(weight(h, t, s), h)}.`),
+    make("p", { class: "quiet" }, "Blue above zero, orange below, the fainter the smaller; queries and keys after their rotation and norm, before the scale. "
+      + "They are rounded to 1/127 of their largest component; ± is twice the standard error that this makes."));
 }
 
 function signed(canvas, values, top) {

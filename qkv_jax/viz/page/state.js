@@ -21,7 +21,8 @@ const state = {
 // --- data -----------------------------------------------------------------------------------------
 
 async function unpack(text, Type) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Type(await new Response(stream).arrayBuffer());
 }
@@ -33,16 +34,45 @@ const head = ({ view, layer, head }) => {
   return { T, S, levels: v.levels, cells: v.cells.subarray(from, from + T * S), of: v };
 };
 const weight = (h, t, s) => (h.cells[t * h.S + s] / h.levels) ** 2;
+
+// A view's queries or keys, unpacked when they are first looked at: of a vector, integers and what
+// they are multiples of.
+async function unpackVectors(view) {
+  for (const x of [view.q, view.k]) {
+    x.integers = await unpack(x.integers, Int8Array);
+    x.scales = await unpack(x.scales, Float32Array);
+  }
+  view.unpacked = true;
+}
+function vector(x, width, i) {
+  const scale = x.scales[i];
+  return { scale, values: Float32Array.from(x.integers.subarray(i * width, (i + 1) * width), (n) => n * scale) };
+}
+
 const percent = (w, h) => {
   const step = (2 * Math.sqrt(w) + 1 / h.levels) / (2 * h.levels) * 100; // half of a level
   return (100 * w).toFixed(step > 0.3 ? 0 : step > 0.03 ? 1 : 2) + " %";
 };
+const digits = (x, error) => // of a number, those that an error leaves
+  x.toFixed(Math.max(0, Math.min(-Math.floor(Math.log10(error || 1e-4)), 8)));
 const chosen = (h) => [Math.min(state.token, h.T - 1), Math.min(state.key, h.S - 1)]; // in a text of its own
 const label = (h) => {
   const several = data.views.length > 1 ? data.views[h.view].name + ", " : "";
   return `${several}layer ${h.layer + 1}, head ${h.head + 1}`;
 };
-const shown = (token) => token.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+
+// What a font cannot draw becomes an escape, as in Python; marks that turn the direction of a text
+// would turn what stands beside it. Joiners stay between the letters that they join.
+const escaped = (c) => {
+  const code = c.codePointAt(0), digits = code < 0x100 ? 2 : code < 0x10000 ? 4 : 8;
+  return "\\" + { 2: "x", 4: "u", 8: "U" }[digits] + code.toString(16).padStart(digits, "0");
+};
+const legible = (text) =>
+  text.replace(/(?!(?<=\S)[\u200c\u200d](?=\S))[\p{C}\p{Zl}\p{Zp}]/gu, (c) => "\n\t".includes(c) ? c : escaped(c));
+const RTL = "[\\p{Script=Hebrew}\\p{Script=Arabic}]", WORDS_RTL = new RegExp(`${RTL}(?:(?:${RTL}|[\\p{M} ])*${RTL})?`, "gu");
+const apart = (text) => text.replace(WORDS_RTL, "\u2068$&\u2069"); // so that a number beside it keeps its place
+const shown = (token) => apart(legible(token).replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥")
+  .replace(/\p{Zs}/gu, escaped)) || "∅";
 
 // --- small helpers --------------------------------------------------------------------------------
 
