@@ -44,9 +44,9 @@ from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
 from qkv_jax.data.spans import passages
+from qkv_jax.data.tokenizer_json import BpeTokenizer, JsonTokenizer
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
-    BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
@@ -65,6 +65,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "JsonTokenizer",
     "MecabTokenizer",
     "Pairs",
     "TokenPairs",
