@@ -1,5 +1,6 @@
 """What a trained run's heads look at in a text: weights, measures and tables, for a page."""
 
+import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -154,10 +155,20 @@ def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]
 
 
 def cut(tokenizer: Tokenizer | None, text: str, num_tokens: int) -> str:
-    """The beginning of a text: so many tokens, where there is a tokenizer."""
+    """The longest beginning of a text with so many tokens, where there is a tokenizer.
+
+    It is sought in the text, because not every tokenizer decodes to what it has read.
+    """
     if tokenizer is None:
         return text
-    return tokenizer.decode(tokenizer.encode(text)[:num_tokens])
+
+    def length(end: int) -> int:
+        return len(tokenizer.encode(text[:end]))
+
+    end = num_tokens
+    while end < len(text) and length(end) <= num_tokens:
+        end *= 2
+    return text[: bisect.bisect_right(range(min(end, len(text)) + 1), num_tokens, key=length) - 1]
 
 
 def _inputs(stack: nnx.Module, tokens: np.ndarray) -> dict[str, jax.Array]:

@@ -79,6 +79,13 @@ class UnigramTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self._processor.get_piece_size()
 
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The ids of what stands for no text, such as </s> and <unk>."""
+        model = self._processor
+        ids = (id for id in range(self.vocab_size) if model.is_control(id) or model.is_unknown(id))
+        return {model.id_to_piece(id): id for id in ids}
+
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._processor.encode(text), np.int32)
 
