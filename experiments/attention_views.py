@@ -1,6 +1,5 @@
 """What a trained run's heads look at in a text: weights, measures and tables, for a page."""
 
-import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -155,20 +154,26 @@ def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]
 
 
 def cut(tokenizer: Tokenizer | None, text: str, num_tokens: int) -> str:
-    """The longest beginning of a text with so many tokens, where there is a tokenizer.
+    """The beginning of a text: its first tokens, so many, where there is a tokenizer.
 
-    It is sought in the text, because not every tokenizer decodes to what it has read.
+    Not every tokenizer decodes to what it has read: then it is the beginning that has these tokens,
+    or where none has, because a character is cut, the longest with no more.
     """
     if tokenizer is None:
         return text
-
-    def length(end: int) -> int:
-        return len(tokenizer.encode(text[:end]))
-
-    end = num_tokens
-    while end < len(text) and length(end) <= num_tokens:
-        end *= 2
-    return text[: bisect.bisect_right(range(min(end, len(text)) + 1), num_tokens, key=length) - 1]
+    wanted = tokenizer.encode(text)[:num_tokens]
+    if text.startswith(beginning := tokenizer.decode(wanted)):
+        return beginning
+    longest = ""
+    for end in range(len(text)):
+        tokens = tokenizer.encode(text[:end])
+        if np.array_equal(tokens, wanted):
+            return text[:end]
+        if len(tokens) <= num_tokens:
+            longest = text[:end]
+        elif len(tokens) > 2 * num_tokens + 9:  # half a [MASK] is more tokens than all of it
+            break
+    return longest
 
 
 def _inputs(stack: nnx.Module, tokens: np.ndarray) -> dict[str, jax.Array]:
