@@ -238,7 +238,7 @@ def _worst(
         expected = np.argsort(-chances[place])[:3]
         rows.append([
             str(place + 2),
-            visible(tokenizer.decode(tokens[: place + 1])[-BEFORE:]),
+            visible(tokenizer.decode(tokens[: place + 1]).rstrip("\ufffd")[-BEFORE:]),
             visible(labels[place + 1]),
             f"{costs[place]:.2f}",
             ", ".join(

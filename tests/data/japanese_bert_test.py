@@ -54,9 +54,16 @@ def test_saved_as_json_it_is_the_same_when_loaded(tokenizer, tmp_path):
     assert loaded.to_json() == tokenizer.to_json()
 
 
+def test_a_word_of_more_than_a_hundred_characters_is_unknown():
+    tokenizer = JapaneseBertTokenizer(VOCABULARY, words="basic")
+    assert len(tokenizer.encode("a" + 99 * "b")) == 100
+    assert tokenizer.labels(tokenizer.encode("a" + 100 * "b")) == ["[UNK]"]
+
+
 def test_basic_words_stand_between_spaces_and_marks():
     words = basic_words("Hé\u0301, [MASK] Tom-猫\0", lowercase=True, never_split=["[MASK]", "Tom"])
     assert list(words) == ["he", ",", "[MASK]", "tom", "-", "猫"]
+    assert list(basic_words("か\u3099", lowercase=False, never_split=())) == ["が"]
 
 
 @pytest.mark.parametrize(

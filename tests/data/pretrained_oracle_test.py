@@ -20,9 +20,10 @@ sentencepiece = pytest.importorskip("sentencepiece")
 pytestmark = pytest.mark.oracle
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-SYMBOLS = ("<mask> </s>a<|endoftext|> b", "a <extra_id_0> b<extra_id_99>")
+SYMBOLS = ("a <mask> </s>a<|endoftext|> b", "a <extra_id_0> b<extra_id_99>")
 ODD = (
-    "", "\n", "😀猫😀", "ﾊﾝｶｸ ｶﾅ ｶﾞ", "ＡＢＣ\u3000ｄｅｆ", "a" * 100, "a" * 101 + "猫", "ab\0cd 猫",
+    "", "\n", "😀猫😀", "ﾊﾝｶｸ ｶﾅ ｶﾞ", "ＡＢＣ\u3000ｄｅｆ",
+    "は" * 100, "は" * 101, "か\u3099 は", "ab\0cd 猫",
     "一\n二\r\n三\t四\u2028五\x85六", "<script>alert(1)</script>", "a [MASK]は[UNK][CLS",
     "［ＭＡＳＫ］", "İstanbul ÀÉ é e\u0301 がか\u3099", "\ufeff猫\u200b犬\ufffd", "㌔㍉①𠮷野家",
     "Hello, World! don't 100%", *SYMBOLS,
@@ -92,6 +93,7 @@ def assert_same_ids(theirs, folder, texts):
     {"word_tokenizer_type": "mecab", "do_subword_tokenize": False,
      "mecab_kwargs": {"mecab_dic": "ipadic", "normalize_text": False}},
     {"word_tokenizer_type": "basic", "do_lower_case": True, "never_split": ["World"]},
+    {"word_tokenizer_type": "basic", "subword_tokenizer_type": "character"},
     {"do_word_tokenize": False, "mask_token": "<mask>"},
 ], ids=str)  # fmt: skip
 def test_japanese_bert(arguments, vocabulary, japanese, tmp_path):
