@@ -64,7 +64,7 @@ def of_checkpoint(pretrained: Pretrained, text: str | None, *, worst: int = 0) -
     model, tokenizer = pretrained.checkpoint.model, pretrained.tokenizer
     tokens = tokenizer.encode_framed(text)
     _check_length(len(tokens), pretrained.checkpoint.config.context)
-    labels = [tokenizer.decode(token[None]) for token in tokens]
+    labels = tokenizer.labels(tokens)
     if isinstance(model, Decoder):
         return _language_model(model, tokens, labels, tokenizer, worst)
     _no_worst(str(pretrained.folder), worst)
@@ -150,14 +150,30 @@ def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]
         raise ValueError("text: wanted at least one character, got none")
     tokens = task.tokenizer.encode(text).astype(np.int32)
     _check_length(len(tokens), context)
-    return tokens, [task.tokenizer.decode(token[None]) for token in tokens]
+    return tokens, task.tokenizer.labels(tokens)
 
 
 def cut(tokenizer: Tokenizer | None, text: str, num_tokens: int) -> str:
-    """The beginning of a text: so many tokens, where there is a tokenizer."""
+    """The beginning of a text: its first tokens, so many, where there is a tokenizer.
+
+    Not every tokenizer decodes to what it has read: then it is the beginning that has these tokens,
+    or where none has, because a character is cut, the longest with no more.
+    """
     if tokenizer is None:
         return text
-    return tokenizer.decode(tokenizer.encode(text)[:num_tokens])
+    wanted = tokenizer.encode(text)[:num_tokens]
+    if text.startswith(beginning := tokenizer.decode(wanted)):
+        return beginning
+    longest = ""
+    for end in range(len(text)):
+        tokens = tokenizer.encode(text[:end])
+        if np.array_equal(tokens, wanted):
+            return text[:end]
+        if len(tokens) <= num_tokens:
+            longest = text[:end]
+        elif len(tokens) > 2 * num_tokens + 9:  # half a [MASK] is more tokens than all of it
+            break
+    return longest
 
 
 def _inputs(stack: nnx.Module, tokens: np.ndarray) -> dict[str, jax.Array]:
@@ -197,7 +213,7 @@ def _lens(
     for logits in models.logit_lens(model, tokens[None, :LENS_TOKENS]):
         chances = jax.nn.softmax(logits[0])
         best = np.asarray(chances.argmax(-1))
-        words = [visible(tokenizer.decode(token[None])) for token in best]
+        words = [_alone(tokenizer, token) for token in best]
         columns.append([f"{w} {c:.0%}" for w, c in zip(words, chances.max(-1), strict=True)])
     shown = range(min(len(tokens), LENS_TOKENS))
     return PageTable(
@@ -222,12 +238,11 @@ def _worst(
         expected = np.argsort(-chances[place])[:3]
         rows.append([
             str(place + 2),
-            visible("".join(labels[: place + 1])[-BEFORE:]),
+            visible(tokenizer.decode(tokens[: place + 1]).rstrip("\ufffd")[-BEFORE:]),
             visible(labels[place + 1]),
             f"{costs[place]:.2f}",
             ", ".join(
-                f"{visible(tokenizer.decode(token[None]))} {chances[place, token]:.0%}"
-                for token in expected
+                f"{_alone(tokenizer, token)} {chances[place, token]:.0%}" for token in expected
             ),
         ])  # fmt: skip
     return PageTable(
@@ -237,6 +252,11 @@ def _worst(
         rows,
         [int(place) for place in places],
     )
+
+
+def _alone(tokenizer: Tokenizer, token: int) -> str:
+    """A token that stands in no text, for a table."""
+    return visible(tokenizer.labels([token])[0])
 
 
 def _translation(trained: TrainedRun, model: nnx.Module, text: str | None) -> list[AttentionView]:

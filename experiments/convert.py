@@ -5,7 +5,8 @@ python -m experiments.convert --checkpoint=gpt2 --dtype=bfloat16 --out=gpt2_half
 
 transformers loads the folder by `AutoModelForCausalLM.from_pretrained(folder)`. A run must have
 been trained with the choices of the architecture, which `qkv_jax.interop.ARCHITECTURES` lists; the
-first that differs is named. A BPE tokenizer goes along as tokenizer.json.
+first that differs is named. A BPE tokenizer goes along as tokenizer.json, a checkpoint's in the
+files that it has.
 """
 
 import dataclasses
@@ -18,9 +19,8 @@ import jax
 from absl import flags
 
 from experiments import cli, setup
-from experiments.pretrained import TOKENIZER
 from qkv_jax import interop, nn
-from qkv_jax.data import BpeTokenizer
+from qkv_jax.data import TOKENIZER_FILES, BpeTokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run whose model is written")
 ARCHITECTURE = flags.DEFINE_enum(
@@ -54,7 +54,8 @@ def _convert_run(workdir: str, out: Path) -> None:
     tokenizer = getattr(trained.task, "tokenizer", None)
     if isinstance(tokenizer, BpeTokenizer):
         written = json.loads(tokenizer.to_json())["json"]
-        (out / TOKENIZER).write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
+        path = out / "tokenizer.json"
+        path.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
 
 
 def _convert_checkpoint(folder: Path, out: Path) -> None:
@@ -63,8 +64,9 @@ def _convert_checkpoint(folder: Path, out: Path) -> None:
     if out.absolute() == folder.absolute():
         raise ValueError(f"out: wanted another folder than the checkpoint's, got {out}")
     _save(out, interop.load(folder))
-    if (folder / TOKENIZER).exists():
-        shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
 
 
 def _save(out: Path, checkpoint: interop.Checkpoint) -> None:

@@ -4,19 +4,17 @@ import dataclasses
 from pathlib import Path
 
 from qkv_jax import interop
-from qkv_jax.data import BpeTokenizer
+from qkv_jax.data import Tokenizer, pretrained_tokenizer
 from qkv_jax.interop import Checkpoint
-
-TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A folder with config.json, safetensors and tokenizer.json."""
+    """A folder with config.json, safetensors and the files of a tokenizer."""
 
     folder: Path
     checkpoint: Checkpoint
-    tokenizer: BpeTokenizer
+    tokenizer: Tokenizer
 
     @classmethod
     def load(cls, folder: str) -> "Pretrained":
@@ -27,9 +25,7 @@ class Pretrained:
         """
         path = Path(folder)
         checkpoint = interop.load(path)
-        if not (path / TOKENIZER).exists():
-            raise ValueError(f"checkpoint: {folder} has no {TOKENIZER}")
-        tokenizer = BpeTokenizer.from_file(path / TOKENIZER)
+        tokenizer = pretrained_tokenizer(path)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:
             raise ValueError(
                 f"checkpoint: the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model "

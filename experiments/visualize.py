@@ -6,7 +6,7 @@ python -m experiments.visualize --workdir=runs/a --other=runs/b --text="The cat 
 python -m experiments.visualize --workdir=runs/translate --text="two hundred and thirty-four"
 python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat."
 
-A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json.
+A checkpoint is a folder of Hugging Face's: config.json, model.safetensors and a tokenizer's files.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
 between tokens, the product of one query and key, measures of each head, and for a language model
 what it would say after each layer. Of a large model, queries and keys are left out unless

@@ -74,9 +74,9 @@ class MaskedLM(TextTask):
         filled = batch["targets"].copy()
         filled[blank] = answers
 
-        decode = self.tokenizer.decode
+        decode, labels = self.tokenizer.decode, self.tokenizer.labels
         wrong = [
-            f"{decode([answer])!r} for {decode([target])!r}"
+            f"{labels([answer])[0]!r} for {labels([target])[0]!r}"
             for answer, target in zip(answers, targets, strict=True)
             if answer != target
         ]

@@ -127,7 +127,7 @@ class TextTask(Task):
     def example(self) -> Example:
         length = min(EXAMPLE_LENGTH, self.settings.data.context)
         tokens = self.text.validation[:length].astype(np.int32)
-        return Example(tokens, [self.tokenizer.decode(token[None]) for token in tokens])
+        return Example(tokens, self.tokenizer.labels(tokens))
 
     def about_data(self) -> list[str]:
         text = self.text

@@ -294,12 +294,13 @@ class Translation(Task):
     def _labelled(self, source: np.ndarray, target: np.ndarray) -> LabelledPair:
         target_in = np.concatenate([[[self.begin]], target[:, :-1]], axis=1)
         return LabelledPair(source, target_in, *(
-            [self._label(token) for token in row[0]] for row in (source, target_in, target)
+            self._labels(row[0]) for row in (source, target_in, target)
         ))  # fmt: skip
 
-    def _label(self, token: int) -> str:
+    def _labels(self, tokens: np.ndarray) -> list[str]:
         named = {self.begin: "begin", self.end: "end"}
-        return named.get(int(token)) or self.tokenizer.decode(np.array([token]))
+        words = iter(self.tokenizer.labels(tokens[tokens < self.begin]))
+        return [named[token] if token in named else next(words) for token in tokens.tolist()]
 
     def state_size(self, model: nnx.Module) -> int:
         train, *_ = self._parts

@@ -31,6 +31,7 @@ from qkv_jax.data.digits import digits
 from qkv_jax.data.distance import copying, cue
 from qkv_jax.data.draws import EVALUATION, TEST, TRAINING
 from qkv_jax.data.floors import bits_per_character, ngram_floors
+from qkv_jax.data.japanese_bert import JapaneseBertTokenizer
 from qkv_jax.data.listops import listops
 from qkv_jax.data.masking import (
     masked_windows,
@@ -41,12 +42,14 @@ from qkv_jax.data.mecab import MecabTokenizer
 from qkv_jax.data.pair_batches import TokenPairs, encode_pairs, random_pairs, sequential_pairs
 from qkv_jax.data.pairs import PAIRS, Pairs, load_pairs, read_pairs
 from qkv_jax.data.passages import same_document, which_document
+from qkv_jax.data.pretrained import TOKENIZER_FILES, pretrained_tokenizer
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
 from qkv_jax.data.spans import passages
+from qkv_jax.data.special_tokens import FramedTokenizer
+from qkv_jax.data.tokenizer_json import BpeTokenizer, JsonTokenizer
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
-    BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
@@ -60,11 +63,15 @@ __all__ = [
     "PAIRS",
     "TEST",
     "TOKENIZERS",
+    "TOKENIZER_FILES",
     "TRAINING",
     "BpeTokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "FramedTokenizer",
+    "JapaneseBertTokenizer",
+    "JsonTokenizer",
     "MecabTokenizer",
     "Pairs",
     "TokenPairs",
@@ -87,6 +94,7 @@ __all__ = [
     "ngram_floors",
     "pack_tokens",
     "passages",
+    "pretrained_tokenizer",
     "python_docs",
     "random_pairs",
     "random_windows",

@@ -9,6 +9,7 @@ import numpy as np
 from qkv_jax.data.tokenizers import Tokenizer, checked_ids, needed, refuse_path
 
 BYTES = 256
+DICTIONARIES = ("ipadic", "unidic_lite")  # packages that carry one for MeCab
 
 
 class MecabTokenizer(Tokenizer):
@@ -24,14 +25,13 @@ class MecabTokenizer(Tokenizer):
     name = "mecab"
 
     def __init__(self, words: Sequence[str]):
-        dictionary = needed(self.name, "ipadic")
-        self._tagger = needed(self.name, "fugashi").GenericTagger(dictionary.MECAB_ARGS)
+        self._tagger = mecab_tagger("ipadic")
         self.words = tuple(words)
         self._ids = {word: BYTES + i for i, word in enumerate(self.words)}
         if len(self._ids) < len(self.words):
             raise ValueError("mecab: words has one of them twice; wanted each once")
         pieces = [*(bytes([byte]) for byte in range(BYTES)), *(w.encode() for w in self.words)]
-        self._pieces = np.array(pieces, object)
+        self._bytes = np.array(pieces, object)
 
     @classmethod
     def build(cls, text, vocab_size, path):
@@ -60,8 +60,10 @@ class MecabTokenizer(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids; bytes that are no UTF-8 decode as U+FFFD."""
-        pieces = self._pieces[checked_ids(ids, self.vocab_size)]
-        return b"".join(pieces).decode("utf-8", "replace")
+        return b"".join(self._pieces(ids)).decode("utf-8", "replace")
+
+    def _pieces(self, ids: np.ndarray) -> list[bytes]:
+        return self._bytes[checked_ids(ids, self.vocab_size)].tolist()
 
     def _split(self, text: str) -> Iterator[str]:
         """The words, and what stands between them, in order: together they are the text."""
@@ -87,3 +89,23 @@ class MecabTokenizer(Tokenizer):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("tokenizer JSON of 'mecab' has no list of strings 'words'")
         return cls(words)
+
+
+def mecab_tagger(dictionary: str, options: str = "") -> Any:
+    """MeCab by fugashi: called with a text it gives words, each with its `surface`.
+
+    Args:
+        dictionary: one of `DICTIONARIES`.
+        options: more of MeCab's own, as on its command line.
+
+    Raises:
+        ValueError: another dictionary.
+        ImportError: naming the package to install.
+    """
+    if dictionary not in DICTIONARIES:
+        raise ValueError(
+            f"mecab: dictionary is {dictionary!r}; wanted one of: {', '.join(DICTIONARIES)}"
+        )
+    folder = needed("mecab", dictionary).DICDIR
+    arguments = f'-d "{folder}" -r "{folder}/mecabrc" {options}'
+    return needed("mecab", "fugashi").GenericTagger(arguments)

@@ -1,28 +1,25 @@
 """Tokenizers: text to token ids and back, `decode(encode(text)) == text`.
 
-Characters and bytes need NumPy alone; BPE imports the `tokenizers` library when it is asked for.
-`unigram` and `mecab` have the others.
+Characters and bytes need NumPy alone; `bpe`, `unigram` and `mecab` have those that need a library.
+What reads the files of pretrained models (`pretrained`) may lose something, as those do.
 """
 
 import contextlib
 import importlib
 import json
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
 from qkv_jax.data.files import read_text, write_atomically
+from qkv_jax.data.labels import readable
 
-TOKENIZERS = ("char", "byte", "bpe", "unigram", "mecab")
+TOKENIZERS = ("char", "byte", "bpe", "unigram", "mecab")  # that can be made for a text
 
 MAX_JSON_BYTES = 64 * 2**20  # of a saved tokenizer: the largest in public use have about 35 MB
-_CHUNK = 2**18  # characters a BPE encodes at once: the library needs about 120 bytes for each
 
 
 class Tokenizer(ABC):
@@ -36,9 +33,9 @@ class Tokenizer(ABC):
         Tokenizer.kinds[cls.name] = cls
 
     @classmethod
-    @abstractmethod
     def build(cls, text: str, vocab_size: int, path: str | os.PathLike | None) -> "Tokenizer":
-        """The tokenizer for a text: see `build_tokenizer`."""
+        """The tokenizer for a text: see `build_tokenizer`. Those in `TOKENIZERS` have it."""
+        raise NotImplementedError(f"tokenizer {cls.name!r} is not made for a text")
 
     @property
     @abstractmethod
@@ -49,9 +46,24 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 `[length]`. ValueError if the text cannot be encoded."""
 
+    def encode_framed(self, text: str) -> np.ndarray:
+        """The ids of a text as its model reads it, with those around it such as [CLS] and [SEP]."""
+        return self.encode(text)
+
     @abstractmethod
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, an integer array or sequence `[length]`. ValueError if out of range."""
+
+    def labels(self, ids: np.ndarray) -> list[str]:
+        """What each token of a text is called in a picture: its own text, and never a \ufffd.
+
+        A character that several tokens share is shown as 猫·1/3, a byte without its others as <E7>.
+        """
+        return readable(self._pieces(ids))
+
+    def _pieces(self, ids: np.ndarray) -> list[bytes]:
+        """The UTF-8 bytes of each token."""
+        return [self.decode([id]).encode("utf-8", "surrogatepass") for id in ids]
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -78,12 +90,17 @@ class Tokenizer(ABC):
             state = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer JSON cannot be parsed: {error}") from error
-        name = state.get("tokenizer") if isinstance(state, dict) else None
-        if name not in TOKENIZERS:
+        return Tokenizer.from_state(state)
+
+    @staticmethod
+    def from_state(state: Any) -> "Tokenizer":
+        """The tokenizer that JSON of `to_json` describes. ValueError: it describes none."""
+        name, kinds = state.get("tokenizer") if isinstance(state, dict) else None, Tokenizer.kinds
+        if name not in kinds:
             raise ValueError(
-                f"tokenizer JSON has 'tokenizer': {name!r}; wanted one of: {', '.join(TOKENIZERS)}"
+                f"tokenizer JSON has 'tokenizer': {name!r}; wanted one of: {', '.join(kinds)}"
             )
-        return Tokenizer.kinds[name]._from_state(state)
+        return kinds[name]._from_state(state)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_json` to `path`, whole or not at all."""
@@ -93,7 +110,7 @@ class Tokenizer(ABC):
     def load(path: str | os.PathLike) -> "Tokenizer":
         """The tokenizer that `save` wrote to `path`. ValueError names the file that is no such."""
         try:
-            return Tokenizer.from_json(_read_json(path))
+            return Tokenizer.from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"tokenizer {str(path)!r} cannot be loaded: {error}") from error
 
@@ -169,113 +186,15 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         return checked_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+    def _pieces(self, ids: np.ndarray) -> list[bytes]:
+        return [bytes([id]) for id in checked_ids(ids, 256)]
+
     def _state(self) -> dict[str, Any]:
         return {}
 
     @classmethod
     def _from_state(cls, state: dict[str, Any]) -> "ByteTokenizer":
         return cls()
-
-
-class BpeTokenizer(Tokenizer):
-    """Byte-pair encoding over bytes, as in GPT-2: frequent strings are one id, any text has ids.
-
-    Made by `BpeTokenizer.train` or `BpeTokenizer.from_file`.
-    Source: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909); over bytes: GPT-2.
-
-    Args:
-        tokenizer_json: the content of the `tokenizers` library's tokenizer.json.
-    """
-
-    name = "bpe"
-
-    def __init__(self, tokenizer_json: str):
-        try:
-            self._tokenizer = _library().Tokenizer.from_str(tokenizer_json)
-        except ImportError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"not a tokenizer.json: {error}") from error
-        ids = self._tokenizer.get_vocab().values()
-        if not ids:
-            raise ValueError("the tokenizer.json has an empty vocabulary")
-        self._vocab_size = max(ids) + 1
-
-    @classmethod
-    def build(cls, text, vocab_size, path):
-        return cls.from_file(path) if path else cls.train(text, vocab_size)
-
-    @classmethod
-    def train(cls, text: str, vocab_size: int) -> "BpeTokenizer":
-        """The merges of the most frequent pairs in `text`, until there are `vocab_size` ids.
-
-        A short text may run out of pairs first: the vocabulary is then smaller.
-        """
-        if vocab_size < 256:
-            raise ValueError(f"bpe: vocab_size is {vocab_size}; wanted >= 256, one for each byte")
-        library = _library()
-        alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet
-        )
-        tokenizer = _byte_level(library, library.models.BPE())
-        chunks = (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
-        tokenizer.train_from_iterator(chunks, trainer)
-        return cls(tokenizer.to_str())
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike) -> "BpeTokenizer":
-        """The tokenizer of a tokenizer.json, or of a folder with GPT-2's encoder.json, vocab.bpe.
-
-        Whether it decodes to the very same text is up to the file: normalisation loses something.
-        """
-        path = Path(path).expanduser()
-        try:
-            if not path.is_dir():
-                return cls(_read_json(path))
-            library = _library()
-            model = library.models.BPE.from_file(
-                str(path / "encoder.json"), str(path / "vocab.bpe")
-            )
-            return cls(_byte_level(library, model).to_str())
-        except ImportError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"bpe: {str(path)!r} cannot be loaded ({error}); wanted a tokenizer.json, or a "
-                "folder with encoder.json and vocab.bpe"
-            ) from error
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    def encode(self, text: str) -> np.ndarray:
-        encode = self._tokenizer.encode_batch_fast
-        chunks = _chunks(text) if self._splits_at_line_ends() else [text]
-        ids = [encode([chunk], add_special_tokens=False)[0].ids for chunk in chunks]
-        return np.concatenate([np.asarray(i, np.int32) for i in ids] or [np.empty(0, np.int32)])
-
-    def encode_framed(self, text: str) -> np.ndarray:
-        """The ids of a text with those that the file puts around it, such as [CLS] and [SEP]."""
-        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
-
-    def decode(self, ids: np.ndarray) -> str:
-        ids = checked_ids(ids, self.vocab_size).tolist()
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def _splits_at_line_ends(self) -> bool:
-        """Whether encoding piece by piece, cut where a line ends, changes nothing."""
-        before, normalizer = self._tokenizer.pre_tokenizer, self._tokenizer.normalizer
-        byte_level = isinstance(before, _library().pre_tokenizers.ByteLevel)
-        return byte_level and before.use_regex and not before.add_prefix_space and not normalizer
-
-    def _state(self) -> dict[str, Any]:
-        return {"json": json.loads(self._tokenizer.to_str())}
-
-    @classmethod
-    def _from_state(cls, state: dict[str, Any]) -> "BpeTokenizer":
-        return cls(json.dumps(state.get("json")))
 
 
 def build_tokenizer(
@@ -323,7 +242,8 @@ def checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids
 
 
-def _read_json(path: str | os.PathLike) -> str:
+def read_json(path: str | os.PathLike) -> str:
+    """The text of a JSON file. ValueError: it cannot be read, or is larger than any tokenizer."""
     with contextlib.suppress(OSError):  # read_text says it better
         if (size := os.path.getsize(path)) > MAX_JSON_BYTES:
             raise ValueError(f"{str(path)!r} has {size} bytes; wanted <= {MAX_JSON_BYTES}")
@@ -336,25 +256,3 @@ def needed(name: str, package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"tokenizer {name!r} needs a package: pip install {package}") from error
-
-
-def _library() -> ModuleType:
-    return needed("bpe", "tokenizers")
-
-
-def _byte_level(library: ModuleType, model: Any) -> Any:
-    tokenizer = library.Tokenizer(model)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    return tokenizer
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Pieces of `_CHUNK` characters or a little more; each but the last is cut before a newline."""
-    boundary = re.compile(r"(?<=\S)(?=\n)")
-    start = 0
-    while start < len(text):
-        cut = boundary.search(text, start + _CHUNK)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end

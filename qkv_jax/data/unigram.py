@@ -29,7 +29,7 @@ class UnigramTokenizer(Tokenizer):
         if not model:
             raise ValueError("not a SentencePiece model: it is empty")
         try:
-            self._pieces = library.SentencePieceProcessor(model_proto=model)
+            self._processor = library.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from error
         self._model = model
@@ -77,13 +77,30 @@ class UnigramTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return self._pieces.get_piece_size()
+        return self._processor.get_piece_size()
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The ids of what stands for no text, such as </s> and <unk>."""
+        model = self._processor
+        ids = (id for id in range(self.vocab_size) if model.is_control(id) or model.is_unknown(id))
+        return {model.id_to_piece(id): id for id in ids}
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._pieces.encode(text), np.int32)
+        return np.asarray(self._processor.encode(text), np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return self._pieces.decode(checked_ids(ids, self.vocab_size).tolist())
+        return self._processor.decode(checked_ids(ids, self.vocab_size).tolist())
+
+    def _pieces(self, ids: np.ndarray) -> list[bytes]:
+        pieces = []
+        for id in checked_ids(ids, self.vocab_size).tolist():
+            piece = self._processor.id_to_piece(id)
+            if self._processor.is_byte(id):  # called <0xE3>
+                pieces.append(bytes.fromhex(piece[3:5]))
+            else:
+                pieces.append(piece.replace("▁", " ").encode())
+        return pieces
 
     def _state(self) -> dict[str, Any]:
         return {"model": base64.b64encode(self._model).decode("ascii")}

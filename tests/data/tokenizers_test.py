@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qkv_jax.data import tokenizers
+from qkv_jax.data import tokenizer_json, tokenizers
 from qkv_jax.data.mecab import MecabTokenizer
+from qkv_jax.data.tokenizer_json import BpeTokenizer
 from qkv_jax.data.tokenizers import (
-    BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
@@ -81,6 +81,14 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
 def test_ids_out_of_range_or_of_another_type_are_refused(tokenizer, ids):
     with pytest.raises(ValueError, match=r"ids .* wanted"):
         tokenizer.decode(np.array(ids))
+
+
+def test_labels_are_the_texts_of_tokens_and_tell_the_parts_of_a_character(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    labels = tokenizer.labels(ids)
+    for id, label in zip(ids, labels, strict=True):
+        alone = tokenizer.decode([id])
+        assert label == alone or ("\ufffd" in alone and "·" in label and "\ufffd" not in label)
 
 
 @given(text=st.text())
@@ -151,14 +159,20 @@ def test_training_merges_frequent_strings_and_is_deterministic(bpe):
     assert BpeTokenizer.train(TEXT, 307).to_json() == bpe.to_json()
 
 
+def test_the_bytes_of_a_character_are_labelled_with_it(bpe):
+    assert bpe.labels(bpe.encode("a猫")) == ["a", "猫·1/3", "猫·2/3", "猫·3/3"]
+    assert bpe.labels(bpe.encode("猫")[1:]) == ["<8C>", "<AB>"]
+    assert bpe.labels(bpe.encode(" the")) == [" the"]
+
+
 def test_a_short_text_trains_a_smaller_vocabulary(bpe):
     assert BpeTokenizer.train("aa", 307).vocab_size == 257
 
 
 def test_encoding_in_pieces_changes_nothing(bpe, monkeypatch):
     whole = bpe.encode(TEXT)
-    monkeypatch.setattr(tokenizers, "_CHUNK", 13)
-    assert len(list(tokenizers._chunks(TEXT))) > 5
+    monkeypatch.setattr(tokenizer_json, "_CHUNK", 13)
+    assert len(list(tokenizer_json._chunks(TEXT))) > 5
     np.testing.assert_array_equal(bpe.encode(TEXT), whole)
 
 
@@ -225,6 +239,15 @@ def test_a_sentencepiece_model_is_loaded_instead_of_training(unigram, tmp_path):
     path.write_bytes(unigram._model)
     loaded = build_tokenizer("unigram", "another text", path=path)
     np.testing.assert_array_equal(loaded.encode(TEXT), unigram.encode(TEXT))
+
+
+def test_spaces_and_symbols_of_a_sentencepiece_model_are_seen():
+    pytest.importorskip("sentencepiece")
+    if not (path := SHARED / "t5_32k_sentencepiece.model").exists():
+        pytest.skip(f"T5's vocabulary is not in {SHARED}")
+    t5 = UnigramTokenizer.from_file(path)
+    assert t5.labels(t5.encode("The house")) == [" The", " house"]
+    assert t5.labels([1, 3]) == ["</s>", "<unk>"]
 
 
 def test_t5s_vocabulary_gives_its_ids():
@@ -299,7 +322,7 @@ def test_a_word_vocabulary_needs_room_for_the_bytes():
     [
         ("", "cannot be parsed"),
         ("[" * 100_000, "cannot be parsed"),
-        ("[]", "'tokenizer': None; wanted one of: char, byte, bpe"),
+        ("[]", "'tokenizer': None; wanted one of: char, byte"),
         ('{"tokenizer": "unigram"}', "no string 'model'"),
         ('{"tokenizer": "mecab", "words": [1]}', "no list of strings 'words'"),
         ('{"tokenizer": "word"}', "'tokenizer': 'word'"),
