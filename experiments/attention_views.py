@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments.pretrained import Pretrained
 from experiments.setup import TrainedRun
-from experiments.tasks import TextTask, Translation
+from experiments.tasks import LabelledPair, TextTask, Translation
 from qkv_jax import models, nn
 from qkv_jax.data import Tokenizer
 from qkv_jax.models import Decoder, EncoderDecoder, measures
@@ -44,7 +44,7 @@ def of_run(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
     model, task = nn.merge(trained.graphdef, trained.params), trained.task
     if isinstance(task, Translation):
         _no_worst(str(trained.run.path), worst)
-        return Looked(_translation(trained, model, text), [])
+        return Looked(_translation(model, _pair(trained, text)), [])
     tokens, labels = _read(trained, text)
     decodes = isinstance(task, TextTask) and task.continues_text
     if not decodes:
@@ -62,13 +62,16 @@ def of_checkpoint(pretrained: Pretrained, text: str | None, *, worst: int = 0) -
     if not text:
         raise ValueError("text: wanted at least one character, got none")
     model, tokenizer = pretrained.checkpoint.model, pretrained.tokenizer
+    if isinstance(model, EncoderDecoder):
+        _no_worst(str(pretrained.folder), worst)
+        return Looked(_translation(model, pretrained.written(text)), [])
     tokens = tokenizer.encode_framed(text)
     _check_length(len(tokens), pretrained.checkpoint.config.context)
     labels = tokenizer.labels(tokens)
     if isinstance(model, Decoder):
         return _language_model(model, tokens, labels, tokenizer, worst)
     _no_worst(str(pretrained.folder), worst)
-    return _attention_alone(model.encoder, tokens, labels)
+    return _attention_alone(getattr(model, "encoder", model), tokens, labels)
 
 
 def _language_model(
@@ -259,15 +262,17 @@ def _alone(tokenizer: Tokenizer, token: int) -> str:
     return visible(tokenizer.labels([token])[0])
 
 
-def _translation(trained: TrainedRun, model: nnx.Module, text: str | None) -> list[AttentionView]:
-    """The decoder's attention to the source, and both stacks' to themselves where they have one."""
-    task = trained.task
+def _pair(trained: TrainedRun, text: str | None) -> LabelledPair:
+    """A sentence and what the model makes of it; or the task's own example."""
     if text is None:
-        pair = task.example_pair()
-    elif not text.strip():
+        return trained.task.example_pair()
+    if not text.strip():
         raise ValueError("text: wanted a sentence to translate, got none")
-    else:
-        pair = task.translated_pair(trained.graphdef, trained.params, text)
+    return trained.task.translated_pair(trained.graphdef, trained.params, text)
+
+
+def _translation(model: nnx.Module, pair: LabelledPair) -> list[AttentionView]:
+    """The decoder's attention to the source, and both stacks' to themselves where they have one."""
     maps = models.alignment_maps(model, pair.source, pair.target_in)[:, 0]
     views = [AttentionView("decoder to source", maps, pair.target_labels, pair.source_labels)]
     if isinstance(model, EncoderDecoder):

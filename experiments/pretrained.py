@@ -3,9 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-from qkv_jax import interop
+import numpy as np
+
+from experiments.tasks import LabelledPair
+from qkv_jax import inference, interop
 from qkv_jax.data import Tokenizer, pretrained_tokenizer
 from qkv_jax.interop import Checkpoint
+
+MOST_WRITTEN = 64  # tokens of what an encoder-decoder writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +37,18 @@ class Pretrained:
                 f"{checkpoint.config.vocab_size}"
             )
         return cls(path, checkpoint, tokenizer)
+
+    def written(self, text: str) -> LabelledPair:
+        """A text and what an encoder-decoder, such as T5, writes when it has read it (greedily)."""
+        said = {"decoder_start_token_id": 0, "eos_token_id": 1, **self.checkpoint.token_ids}
+        begin, end = said["decoder_start_token_id"], said["eos_token_id"]
+        source = self.tokenizer.encode_framed(text)
+        written = inference.translate(
+            self.checkpoint.graphdef, self.checkpoint.params, source[None],
+            np.array([len(source)]), begin=begin, end=end, num_tokens=MOST_WRITTEN,
+        )  # fmt: skip
+        target = np.asarray(written[0])
+        target = target[: int(np.argmax(target == end)) + 1] if end in target else target
+        read = np.concatenate([[begin], target[:-1]])
+        labels = (self.tokenizer.labels(tokens) for tokens in (source, read, target))
+        return LabelledPair(source[None], read[None], *labels)

@@ -12,7 +12,7 @@ from experiments.tasks.senses import Senses
 from experiments.tasks.spans import Spans
 from experiments.tasks.task import Example, Task
 from experiments.tasks.text import CausalLM, TextTask
-from experiments.tasks.translation import Translation
+from experiments.tasks.translation import LabelledPair, Translation
 
 TASKS: dict[str, type[Task]] = {
     "causal_lm": CausalLM,
@@ -36,6 +36,7 @@ __all__ = [
     "CausalLM",
     "Example",
     "GeneratedTask",
+    "LabelledPair",
     "MaskedLM",
     "Recall",
     "Senses",

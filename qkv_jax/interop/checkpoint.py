@@ -18,6 +18,7 @@ from qkv_jax.interop.architectures import TABLE
 from qkv_jax.interop.tensors import Tensors, dtype_of, write
 
 CONFIG = "config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 TIED = "lm_head.weight"  # the embedding once more, where it is the head
 
 
@@ -29,12 +30,14 @@ class Checkpoint:
       architecture: its row of `architectures.TABLE`.
       config: of the model.
       graphdef, params: the model, as `nn.split` gives it.
+      token_ids: what config.json says of `TOKEN_IDS`, which no model of ours needs to know.
     """
 
     architecture: Architecture
     config: Any
     graphdef: nnx.GraphDef
     params: nn.Params
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> nnx.Module:
@@ -56,7 +59,8 @@ def load(folder: str | Path, *, param_dtype: str = "float32", dtype: str = "floa
         or a tensor is missing, unknown, or of another shape or kind: it is named.
     """
     folder = Path(folder)
-    architecture, config = _read_config(folder)
+    said = _config_json(folder)
+    architecture, config = _read_config(folder, said)
     tensors = Tensors(folder)
     if architecture.bare and not any(name.startswith(architecture.head) for name in tensors):
         architecture = architecture.bare
@@ -83,7 +87,8 @@ def load(folder: str | Path, *, param_dtype: str = "float32", dtype: str = "floa
             f"{architecture.model_type!r}, the first {unknown[0]!r}"
         )
     params = _nested({path: jax.numpy.asarray(x, param_dtype) for path, x in found.items()})
-    return Checkpoint(architecture, config, graphdef, params)
+    token_ids = {name: said[name] for name in TOKEN_IDS if said.get(name) is not None}
+    return Checkpoint(architecture, config, graphdef, params, token_ids)
 
 
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
@@ -104,10 +109,12 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
         row.theirs: _theirs(row, [np.asarray(flat[path], dtype) for path in row.ours])
         for row in _rows(architecture, config.num_layers, flat)
     }
-    written = _written_config(architecture, config) | {"dtype": str(dtype)}
+    written = dict(checkpoint.token_ids) | _written_config(architecture, config)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, tensors)
-    write_atomically(folder / CONFIG, (json.dumps(written, indent=2) + "\n").encode())
+    write_atomically(
+        folder / CONFIG, (json.dumps(written | {"dtype": str(dtype)}, indent=2) + "\n").encode()
+    )
 
 
 def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
@@ -131,7 +138,7 @@ def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
 # --- Configs --------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path) -> tuple[Architecture, Any]:
+def _config_json(folder: Path) -> Json:
     path = folder / CONFIG
     try:
         found = json.loads(read_text(path, what="the checkpoint's config"))
@@ -139,6 +146,11 @@ def _read_config(folder: Path) -> tuple[Architecture, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: wanted an object, got {type(found).__name__}")
+    return found
+
+
+def _read_config(folder: Path, found: Json) -> tuple[Architecture, Any]:
+    path = folder / CONFIG
     architecture = _architecture(found.get("model_type"))
     found = {**architecture.defaults, **found}
     for name, wanted in architecture.required.items():

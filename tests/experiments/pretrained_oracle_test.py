@@ -1,4 +1,4 @@
-"""A Japanese BERT that transformers writes is looked into and converted, its tokenizer with it."""
+"""Folders that transformers writes are looked into and converted, their tokenizers with them."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from tests.pages import data_of
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-all` installs it")
 transformers = pytest.importorskip("transformers")
+sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("fugashi")
 pytest.importorskip("ipadic")
 
@@ -71,3 +72,50 @@ def test_a_folder_without_its_vocabulary_is_named(scripts, folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     done = scripts.run("visualize", f"--checkpoint={tmp_path}", f"--text={TEXT}")
     assert_one_sentence(done, "vocab.txt", "cannot be read")
+
+
+# T5
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A T5 that knows nothing, and pieces of a few sentences."""
+    path = tmp_path_factory.mktemp("t5") / "t5"
+    path.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a dog ran to the cat and sat"] * 20),
+        model_prefix=str(path / "spiece"), vocab_size=40, model_type="unigram", pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (path / "spiece.vocab").unlink()
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=144, d_model=24, d_kv=5, d_ff=31, num_layers=2, num_heads=3,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+def test_a_page_of_t5_shows_what_it_reads_and_writes(scripts, t5, tmp_path):
+    text = "the cat sat"
+    done = scripts.run(
+        "visualize", f"--checkpoint={t5}", f"--text={text}", f"--out={tmp_path / 'page.html'}"
+    )
+    assert done.returncode == 0, done.stderr
+    views = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["views"]
+    assert [view["name"] for view in views] == ["decoder to source", "encoder", "decoder"]
+    model = transformers.T5ForConditionalGeneration.from_pretrained(t5)
+    source = pretrained_tokenizer(t5).encode_framed(text)
+    written = model.generate(torch.tensor(source[None]), max_new_tokens=64, do_sample=False)
+    labels = pretrained_tokenizer(t5).labels
+    assert views[0]["keys"] == labels(source)
+    assert views[0]["queries"] == labels(written[0, 1:].numpy())
+    assert views[2]["queries"] == labels(written[0, :-1].numpy())
+
+
+def test_t5_has_no_perplexity_of_a_text(scripts, t5, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat")
+    done = scripts.run("evaluate", f"--checkpoint={t5}", f"--text={tmp_path / 'a.txt'}")
+    assert_one_sentence(done, "checkpoint", "t5")

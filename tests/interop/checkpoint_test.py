@@ -13,7 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from qkv_jax import interop, nn
 from qkv_jax.interop.tensors import write
-from qkv_jax.models import Decoder, DecoderConfig, EncoderConfig, MaskedLanguageModel
+from qkv_jax.models import (
+    Decoder,
+    DecoderConfig,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    MaskedLanguageModel,
+)
 from tests.parameters import randomised
 
 V, T = 19, 13
@@ -24,6 +31,16 @@ LLAMA = DecoderConfig(
     mlp_width=17, activation="swiglu", norm="rms", position="rotary", use_bias=False,
     tie_embeddings=False, norm_epsilon=1e-5, rotary_scaling=(8.0, 1.0, 4.0, 8192),
 )  # fmt: skip
+GEMMA = dataclasses.replace(
+    LLAMA, mixer="sliding_window,sliding_window,attention", window=5, num_layers=4,
+    attention_scale=0.5, norm="zero_centered_rms", norm_position="both", activation="geglu",
+    scale_embeddings=True, rotary_scaling=None,
+)  # fmt: skip
+T5 = EncoderDecoderConfig(
+    vocab_size=V, context=T, num_layers=2, width=12, num_heads=3, head_dim=5, norm="rms",
+    position="relative", use_bias=False, attention_scale=1.0, activation="geglu",
+    tie_embeddings=False,
+)  # fmt: skip
 BERT = EncoderConfig(vocab_size=V, context=T, num_layers=2, width=12, num_heads=3)
 MODELS = {
     "gpt2": (Decoder, GPT2),
@@ -31,6 +48,12 @@ MODELS = {
     "qwen2": (Decoder, dataclasses.replace(LLAMA, qkv_bias=True, rotary_scaling=None)),
     "qwen3": (Decoder, dataclasses.replace(LLAMA, qk_norm=True)),
     "mistral": (Decoder, dataclasses.replace(LLAMA, mixer="sliding_window", window=5)),
+    "gemma2": (Decoder, dataclasses.replace(GEMMA, attention_softcap=3.0)),
+    "gemma3_text": (
+        Decoder,
+        dataclasses.replace(GEMMA, qk_norm=True, local_rotary_base=100.0, rotary_scaling=(8.0,)),
+    ),
+    "t5": (EncoderDecoder, T5),
     "bert": (MaskedLanguageModel, BERT),
     "roberta": (MaskedLanguageModel, dataclasses.replace(BERT, num_segments=1)),
 }
@@ -60,10 +83,10 @@ def test_what_is_saved_is_read_back_to_the_bit(model_type, dtype, tmp_path):
     interop.save(tmp_path / "new" / "folder", dataclasses.replace(ours, params=kept))
     again = interop.load(tmp_path / "new" / "folder", param_dtype=dtype)
     jax.tree.map(np.testing.assert_array_equal, again.params, kept)
-    tokens = np.arange(T)[None] % V
-    wanted = nn.merge(ours.graphdef, jax.tree.map(lambda x: x.astype("float32"), kept))(tokens)
+    tokens = (np.arange(T)[None] % V,) * (2 if model_type == "t5" else 1)
+    wanted = nn.merge(ours.graphdef, jax.tree.map(lambda x: x.astype("float32"), kept))(*tokens)
     loaded = interop.load(tmp_path / "new" / "folder").model
-    np.testing.assert_allclose(loaded(tokens), wanted, atol=1e-5)
+    np.testing.assert_allclose(loaded(*tokens), wanted, atol=1e-5)
 
 
 def test_a_matrix_is_written_as_it_is_and_not_as_it_lies_in_memory(tmp_path):
