@@ -24,7 +24,9 @@ from qkv_jax.data.files import read_text
 from qkv_jax.models import Decoder
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to evaluate")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "instead of a run: a folder of Hugging Face's, or owner/name on its hub"
+)
 TEXT = flags.DEFINE_string("text", None, "a language model: evaluate on all of this file instead")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "windows of a checkpoint at a time", 1)
 

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder of Hugging Face's."""
+"""A model and its tokenizer from a folder of Hugging Face's, or from the hub."""
 
 import dataclasses
 from pathlib import Path
@@ -12,27 +12,37 @@ TOKENIZER = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A folder with config.json, safetensors and tokenizer.json."""
+    """A folder with config.json, safetensors and tokenizer.json.
+
+    Args:
+      folder: where pages about it go: its own, or runs/<name> of one that is in the hub's cache.
+      checkpoint, tokenizer: what it holds.
+    """
 
     folder: Path
     checkpoint: Checkpoint
     tokenizer: BpeTokenizer
 
     @classmethod
-    def load(cls, folder: str) -> "Pretrained":
+    def load(cls, source: str) -> "Pretrained":
         """Reads it.
+
+        Args:
+          source: as for `interop.folder_of`.
 
         Raises:
           ValueError: a file is missing or damaged, or the tokenizer has ids that the model has not.
         """
-        path = Path(folder)
+        path = interop.folder_of(source)
         checkpoint = interop.load(path)
         if not (path / TOKENIZER).exists():
-            raise ValueError(f"checkpoint: {folder} has no {TOKENIZER}")
+            raise ValueError(f"checkpoint: {source} has no {TOKENIZER}")
         tokenizer = BpeTokenizer.from_file(path / TOKENIZER)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:
             raise ValueError(
-                f"checkpoint: the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model "
+                f"checkpoint: the tokenizer in {source} has {tokenizer.vocab_size} ids, the model "
                 f"{checkpoint.config.vocab_size}"
             )
-        return cls(path, checkpoint, tokenizer)
+        name = Path(source.partition("@")[0]).name
+        folder = path if Path(source).expanduser().exists() else Path("runs", name)
+        return cls(folder, checkpoint, tokenizer)

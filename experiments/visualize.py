@@ -6,7 +6,8 @@ python -m experiments.visualize --workdir=runs/a --other=runs/b --text="The cat 
 python -m experiments.visualize --workdir=runs/translate --text="two hundred and thirty-four"
 python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat."
 
-A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json.
+A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json,
+or `owner/name` on its hub, such as openai-community/gpt2.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
 between tokens, the product of one query and key, measures of each head, and for a language model
 what it would say after each layer. --figures=<folder> draws the maps as PNG or SVG too.
@@ -26,7 +27,9 @@ from qkv_jax.data.files import read_text
 from qkv_jax.training.run_directory import write_text_atomic
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run whose model looks")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "instead of a run: a folder of Hugging Face's, or owner/name on its hub"
+)
 OTHER = flags.DEFINE_string("other", None, "another run, to be compared on the same text")
 TEXT = flags.DEFINE_string("text", None, "what it reads, or translates")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "a UTF-8 file to read, from its beginning")
@@ -36,7 +39,11 @@ NUM_TOKENS = flags.DEFINE_integer(
 WORST = flags.DEFINE_integer(
     "worst", 0, "list so many of the tokens that a language model predicts worst", lower_bound=0
 )
-OUT = flags.DEFINE_string("out", None, "the page; default: <workdir>/attention.html")
+OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "the page; default: attention.html in the run's or checkpoint's folder, or runs/<name>",
+)
 FIGURES = flags.DEFINE_string("figures", None, "a folder for the maps as pictures, one a layer")
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "of the pictures")
 

@@ -1,6 +1,7 @@
 """Runs become folders of Hugging Face's, and such folders are evaluated and looked into."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -67,6 +68,23 @@ def test_a_page_shows_it(scripts, folder, tmp_path):
     data = data_of(page.read_text(encoding="utf-8"))
     assert "".join(data["views"][0]["queries"]) == "the cat sat"
     assert "a gpt2 model" in data["about"] and len(data["tables"]) == 2
+
+
+def test_a_name_of_the_hub_is_read_from_its_cache(scripts, folder, tmp_path, monkeypatch):
+    cached = tmp_path / "models--owner--tiny.v1"
+    shutil.copytree(folder, cached / "snapshots/abc")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    page = tmp_path / "page.html"
+    done = scripts.run("visualize", "--checkpoint=owner/tiny.v1", "--text=the cat", f"--out={page}")
+    assert done.returncode == 0, done.stderr
+    assert "Attention of tiny.v1" in page.read_text(encoding="utf-8")
+    done = scripts.run("convert", "--checkpoint=owner/tiny.v1", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    done = scripts.run("evaluate", "--checkpoint=owner/huge", "--text=x")
+    assert_one_sentence(done, "owner/huge", "could not be downloaded: HF_HUB_OFFLINE is set")
 
 
 def test_a_folder_is_written_in_another_precision(scripts, folder, tmp_path):
