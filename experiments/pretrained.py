@@ -1,13 +1,15 @@
 """A model and its tokenizer from a folder of Hugging Face's, or from the hub."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from qkv_jax import interop
 from qkv_jax.data import BpeTokenizer
+from qkv_jax.data.files import read_text
 from qkv_jax.interop import Checkpoint
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Pretrained:
     Args:
       folder: where pages about it go: its own, or runs/<name> of one that is in the hub's cache.
       checkpoint, tokenizer: what it holds.
+      mask_id: of the token that hides others; None: there is none.
     """
 
     folder: Path
     checkpoint: Checkpoint
     tokenizer: BpeTokenizer
+    mask_id: int | None
 
     @classmethod
     def load(cls, source: str) -> "Pretrained":
@@ -45,4 +49,17 @@ class Pretrained:
             )
         name = Path(source.partition("@")[0]).name
         folder = path if Path(source).expanduser().exists() else Path("runs", name)
-        return cls(folder, checkpoint, tokenizer)
+        return cls(folder, checkpoint, tokenizer, _mask_id(path, tokenizer))
+
+
+def _mask_id(folder: Path, tokenizer: BpeTokenizer) -> int | None:
+    """The id of the mask token: as the folder calls it, else as BERT or RoBERTa did."""
+    said = None
+    if (folder / SETTINGS).exists():
+        try:
+            said = json.loads(read_text(folder / SETTINGS)).get("mask_token")
+        except (AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder / SETTINGS} is no JSON object: {error}") from error
+    said = said.get("content") if isinstance(said, dict) else said
+    found = map(tokenizer.id_of, filter(None, (said, "[MASK]", "<mask>")))
+    return next((id for id in found if id is not None), None)

@@ -196,6 +196,8 @@ class BpeTokenizer(Tokenizer):
             raise
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()  # many a file keeps what its training cut and padded
+        self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab().values()
         if not ids:
             raise ValueError("the tokenizer.json has an empty vocabulary")
@@ -259,6 +261,10 @@ class BpeTokenizer(Tokenizer):
     def encode_framed(self, text: str) -> np.ndarray:
         """The ids of a text with those that the file puts around it, such as [CLS] and [SEP]."""
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the file spells it, such as "[MASK]"; None: it has no such token."""
+        return self._tokenizer.token_to_id(token)
 
     def decode(self, ids: np.ndarray) -> str:
         ids = checked_ids(ids, self.vocab_size).tolist()

@@ -6,10 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from flax import nnx
 
 from experiments import setup
 from qkv_jax import interop
-from tests.experiments.runs import assert_one_sentence
+from qkv_jax.models import EncoderConfig, MaskedLanguageModel
+from tests.experiments.runs import WORDS, assert_one_sentence
 from tests.pages import data_of
 
 GPT2 = (
@@ -98,6 +101,41 @@ def test_a_folder_is_written_in_another_precision(scripts, folder, tmp_path):
         whole, half,
     )  # fmt: skip
     assert (tmp_path / "half/tokenizer.json").exists()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT that has learnt nothing, with its words."""
+    marks = ["[CLS]", "[SEP]", "[UNK]", "[HIDDEN]"]
+    words = {word: i for i, word in enumerate([*marks, *sorted(set(WORDS.split()))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    config = EncoderConfig(
+        len(words), context=12, num_layers=1, width=8, num_heads=2, norm_epsilon=1e-12
+    )
+    folder = tmp_path_factory.mktemp("bert")
+    model = MaskedLanguageModel(config, rngs=nnx.Rngs(0))
+    interop.save(folder, interop.of_model("bert", model))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_bert_is_evaluated_on_hidden_tokens_the_same_each_time(scripts, bert, tmp_path):
+    (tmp_path / "text.txt").write_text(f"{WORDS} " * 3)
+    evaluate = ("evaluate", f"--checkpoint={bert}", f"--text={tmp_path / 'text.txt'}")
+    assert_one_sentence(scripts.run(*evaluate), str(bert), "no mask token")
+    settings = bert / "tokenizer_config.json"
+    settings.write_text('{"mask_token": {"content": "[HIDDEN]", "lstrip": true}}')
+    done, again = scripts.run(*evaluate), scripts.run(*evaluate)
+    assert done.returncode == 0 and done.stdout == again.stdout, done.stderr
+    assert "51 tokens, in windows of 12 with 15% of them hidden" in done.stdout
+    names, _, values = done.stdout.splitlines()[2:]
+    assert names.startswith("| nats per hidden token | perplexity per hidden token | accuracy |")
+    loss, _, _, hidden = map(float, values.strip("| ").split(" | "))
+    assert loss == pytest.approx(np.log(20), abs=0.2) and hidden == 11  # 2 of 10, and of the last 1
+    settings.write_text("[]")
+    assert_one_sentence(scripts.run(*evaluate), str(settings), "JSON object")
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), [
