@@ -3,14 +3,17 @@
 python -m experiments.visualize --workdir=runs/char_lm --text="The cat sat on the mat."
 python -m experiments.visualize --workdir=runs/char_lm --text_file=my.txt --worst=20
 python -m experiments.visualize --workdir=runs/a --other=runs/b --text="The cat sat on the mat."
+python -m experiments.visualize --workdir=runs/char_mlm --text="The cat sat on the m[MASK]t."
 python -m experiments.visualize --workdir=runs/translate --text="two hundred and thirty-four"
 python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat."
 
 A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and tokenizer.json,
 or `owner/name` on its hub, such as openai-community/gpt2.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
-between tokens, the product of one query and key, measures of each head, and for a language model
-what it would say after each layer. --figures=<folder> draws the maps as PNG or SVG too.
+between tokens, the product of one query and key, measures of each head, for a language model what
+it would say after each layer, and for one of masked tokens what it says is behind each mask, which
+is "[MASK]", or as a checkpoint's tokenizer spells it. --figures=<folder> draws the maps as PNG or
+SVG too.
 """
 
 import dataclasses
