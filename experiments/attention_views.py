@@ -269,20 +269,19 @@ def _guesses(
     chances = np.asarray(chances)[:, : tokenizer.vocab_size]
     rows = []
     for place, of_place in zip(places, chances, strict=True):
+        guesses = np.argsort(-of_place)[:GUESSES]
+        around = labels[:place], labels[place : place + 1], labels[place + 1 :]
+        before, hidden, after = map("".join, around)
         rows.append([
             str(place + 1),
-            visible("".join(labels[:place])[-BEFORE:]),
-            *(
-                f"{visible(tokenizer.decode(token[None]))} {of_place[token]:.0%}"
-                for token in np.argsort(-of_place)[:GUESSES]
-            ),
-            visible("".join(labels[place + 1 :])[:BEFORE]),
+            *(f"{visible(tokenizer.decode(id[None]))} {of_place[id]:.0%}" for id in guesses),
+            f"{visible(before[-BEFORE:])} {hidden} {visible(after[:BEFORE])}".strip(),
         ])  # fmt: skip
     return PageTable(
         "What is hidden",
         "The likeliest tokens behind each mask, and how sure the model is. A click opens the row's "
         "token.",
-        ["place", "after", *(f"guess {i + 1}" for i in range(GUESSES)), "before"],
+        ["place", *(f"guess {i + 1}" for i in range(GUESSES)), "where"],
         rows,
         [int(place) for place in places],
     )

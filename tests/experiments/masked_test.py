@@ -136,13 +136,12 @@ def test_a_page_says_what_it_expects_behind_masks(masked, scripts, tmp_path):
     tokens = tokenizer.encode("_he c_t".replace("_", "t"))
     tokens[[0, 5]] = tokenizer.vocab_size
     chances = jax.nn.softmax(nn.merge(trained.graphdef, trained.params)(tokens[None])[0])
-    for place, (number, after, guess, *_, before) in zip([0, 5], table["rows"], strict=True):
+    where = ["[MASK] he␣c[MASK]t", "[MASK]he␣c [MASK] t"]
+    for place, row, around in zip([0, 5], table["rows"], where, strict=True):
         best = np.argmax(chances[place, :-1])
-        assert guess == f"{viz.visible(tokenizer.decode([best]))} {chances[place, best]:.0%}"
-        assert number == str(place + 1) and (after, before) in (
-            ("", "he␣c[MASK]t"),
-            ("[MASK]he␣c", "t"),
-        )
+        assert row[1] == f"{viz.visible(tokenizer.decode([best]))} {chances[place, best]:.0%}"
+        assert (row[0], row[-1]) == (str(place + 1), around)
+        assert len(row) == len(table["columns"]) == 7
 
 
 def test_it_does_not_continue_a_text(masked, scripts):
