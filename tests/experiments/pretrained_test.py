@@ -109,6 +109,7 @@ def bert(tmp_path_factory):
     marks = ["[CLS]", "[SEP]", "[UNK]", "[HIDDEN]"]
     words = {word: i for i, word in enumerate([*marks, *sorted(set(WORDS.split()))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(marks)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
     config = EncoderConfig(
@@ -121,7 +122,9 @@ def bert(tmp_path_factory):
     return folder
 
 
-def test_a_bert_is_evaluated_on_hidden_tokens_the_same_each_time(scripts, bert, tmp_path):
+def test_a_bert_is_evaluated_on_hidden_tokens_and_says_what_it_expects_there(
+    scripts, bert, tmp_path
+):
     (tmp_path / "text.txt").write_text(f"{WORDS} " * 3)
     evaluate = ("evaluate", f"--checkpoint={bert}", f"--text={tmp_path / 'text.txt'}")
     assert_one_sentence(scripts.run(*evaluate), str(bert), "no mask token")
@@ -134,6 +137,15 @@ def test_a_bert_is_evaluated_on_hidden_tokens_the_same_each_time(scripts, bert, 
     assert names.startswith("| nats per hidden token | perplexity per hidden token | accuracy |")
     loss, _, _, hidden = map(float, values.strip("| ").split(" | "))
     assert loss == pytest.approx(np.log(20), abs=0.2) and hidden == 11  # 2 of 10, and of the last 1
+
+    page = tmp_path / "page.html"
+    text = "--text=the [HIDDEN] sat"
+    done = scripts.run("visualize", f"--checkpoint={bert}", text, f"--out={page}")
+    assert done.returncode == 0, done.stderr
+    shown = data_of(page.read_text(encoding="utf-8"))
+    assert shown["views"][0]["queries"] == ["[CLS]", "the", "[HIDDEN]", "sat", "[SEP]"]
+    assert [table["tokens"] for table in shown["tables"]] == [[2]]
+
     settings.write_text("[]")
     assert_one_sentence(scripts.run(*evaluate), str(settings), "JSON object")
 
