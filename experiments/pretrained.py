@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from qkv_jax import interop
-from qkv_jax.data import BpeTokenizer
+from qkv_jax.data import BpeTokenizer, Tokenizer
 from qkv_jax.data.files import read_text
 from qkv_jax.interop import Checkpoint
 
@@ -52,7 +52,7 @@ class Pretrained:
         return cls(folder, checkpoint, tokenizer, _mask_id(path, tokenizer))
 
 
-def _mask_id(folder: Path, tokenizer: BpeTokenizer) -> int | None:
+def _mask_id(folder: Path, tokenizer: Tokenizer) -> int | None:
     """The id of the mask token: as the folder calls it, else as BERT or RoBERTa did."""
     said = None
     if (folder / SETTINGS).exists():
@@ -61,5 +61,8 @@ def _mask_id(folder: Path, tokenizer: BpeTokenizer) -> int | None:
         except (AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder / SETTINGS} is no JSON object: {error}") from error
     said = said.get("content") if isinstance(said, dict) else said
-    found = map(tokenizer.id_of, filter(None, (said, "[MASK]", "<mask>")))
-    return next((id for id in found if id is not None), None)
+    for mask in filter(None, (said, "[MASK]", "<mask>")):
+        ids = tokenizer.encode(mask)
+        if len(ids) == 1 and tokenizer.decode(ids) == mask:  # no unknown word
+            return int(ids[0])
+    return None

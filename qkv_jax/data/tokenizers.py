@@ -262,10 +262,6 @@ class BpeTokenizer(Tokenizer):
         """The ids of a text with those that the file puts around it, such as [CLS] and [SEP]."""
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
 
-    def id_of(self, token: str) -> int | None:
-        """The id of a token as the file spells it, such as "[MASK]"; None: it has no such token."""
-        return self._tokenizer.token_to_id(token)
-
     def decode(self, ids: np.ndarray) -> str:
         ids = checked_ids(ids, self.vocab_size).tolist()
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -179,11 +179,6 @@ def test_a_files_truncation_and_padding_are_its_trainings_alone(bpe):
         np.testing.assert_array_equal(cut.encode_framed(text), bpe.encode(text))
 
 
-def test_a_token_is_found_as_the_file_spells_it(bpe):
-    assert bpe.decode(np.array([bpe.id_of("Ġcat")])) == " cat"
-    assert bpe.id_of("[MASK]") is None
-
-
 def test_gpt2_files_give_the_published_number_of_tokens():
     pytest.importorskip("tokenizers")
     if not (SHARED / "gpt2_bpe").is_dir():
