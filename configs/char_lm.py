@@ -29,8 +29,10 @@ def get_config() -> ConfigDict:
     config.task = "causal_lm"
 
     config.data = data = ConfigDict()
-    data.corpus = "python_docs"  # python_docs: what every Python carries | text_file: data.path
-    data.path = placeholder(str)  # text_file: a file, a glob or a folder; see also data.pairs
+    # python_docs: what every Python carries | text_file: data.path
+    # aozora: the same of Aozora Bunko, without ruby, notes and colophon
+    data.corpus = "python_docs"
+    data.path = placeholder(str)  # a file, a glob or a folder; see also data.pairs
     data.tokenizer = "char"  # char | byte | bpe | unigram (SentencePiece) | mecab (Japanese words)
     data.vocab_size = 4096  # bpe, unigram, mecab: entries to train; where data are made: ids
     data.tokenizer_path = placeholder(str)  # bpe, unigram: load this file instead of training

@@ -11,14 +11,15 @@ from flax import nnx
 
 from experiments.pretrained import Pretrained
 from experiments.setup import TrainedRun
-from experiments.tasks import LabelledPair, TextTask, Translation
+from experiments.tasks import LabelledPair, MaskedLM, TextTask, Translation
 from qkv_jax import models, nn
 from qkv_jax.data import Tokenizer
-from qkv_jax.models import Decoder, EncoderDecoder, measures
+from qkv_jax.models import Decoder, EncoderDecoder, MaskedLanguageModel, measures
 from qkv_jax.viz import AttentionView, PageTable, visible
 
 LENS_TOKENS = 200  # rows of the lens's table: a page is no place for more
-BEFORE = 24  # characters that stand before a token in the table of the worst
+BEFORE = 24  # characters that stand before a token in the tables of the worst and the hidden
+GUESSES = 5  # tokens that may stand behind a mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,12 @@ def of_run(trained: TrainedRun, text: str | None, *, worst: int = 0) -> Looked:
         return Looked(_translation(model, _pair(trained, text)), [])
     tokens, labels = _read(trained, text)
     decodes = isinstance(task, TextTask) and task.continues_text
-    if not decodes:
-        _no_worst(str(trained.run.path), worst)
-        return _attention_alone(task.stack(model), tokens, labels)
-    return _language_model(model, tokens, labels, task.tokenizer, worst)
+    if decodes:
+        return _language_model(model, tokens, labels, task.tokenizer, worst)
+    _no_worst(str(trained.run.path), worst)
+    if isinstance(task, MaskedLM):
+        return _masked_language_model(model, tokens, labels, task.tokenizer, task.mask_id)
+    return _attention_alone(task.stack(model), tokens, labels)
 
 
 def of_checkpoint(pretrained: Pretrained, text: str | None, *, worst: int = 0) -> Looked:
@@ -71,7 +74,9 @@ def of_checkpoint(pretrained: Pretrained, text: str | None, *, worst: int = 0) -
     if isinstance(model, Decoder):
         return _language_model(model, tokens, labels, tokenizer, worst)
     _no_worst(str(pretrained.folder), worst)
-    return _attention_alone(getattr(model, "encoder", model), tokens, labels)
+    if isinstance(model, MaskedLanguageModel):
+        return _masked_language_model(model, tokens, labels, tokenizer, pretrained.mask_id)
+    return _attention_alone(model, tokens, labels)
 
 
 def _language_model(
@@ -87,6 +92,21 @@ def _language_model(
     if worst:
         tables.insert(0, _worst(tokenizer, model, tokens, labels, worst))
     return Looked([attention, _influence(maps, gradients, labels), mixed], tables)
+
+
+def _masked_language_model(
+    model: MaskedLanguageModel,
+    tokens: np.ndarray,
+    labels: list[str],
+    tokenizer: Tokenizer,
+    mask_id: int | None,
+) -> Looked:
+    """Attention, and what the model says stands behind each mask token."""
+    looked = _attention_alone(model.encoder, tokens, labels)
+    places = np.flatnonzero(tokens == mask_id)
+    if len(places):
+        looked.tables.append(_guesses(tokenizer, model, tokens, labels, places))
+    return looked
 
 
 def _attention_alone(stack: nnx.Module, tokens: np.ndarray, labels: list[str]) -> Looked:
@@ -151,9 +171,9 @@ def _read(trained: TrainedRun, text: str | None) -> tuple[np.ndarray, list[str]]
         )
     if not text:
         raise ValueError("text: wanted at least one character, got none")
-    tokens = task.tokenizer.encode(text).astype(np.int32)
-    _check_length(len(tokens), context)
-    return tokens, task.tokenizer.labels(tokens)
+    read = task.read(text)
+    _check_length(len(read.tokens), context)
+    return read.tokens, list(read.labels)
 
 
 def cut(tokenizer: Tokenizer | None, text: str, num_tokens: int) -> str:
@@ -260,6 +280,36 @@ def _worst(
 def _alone(tokenizer: Tokenizer, token: int) -> str:
     """A token that stands in no text, for a table."""
     return visible(tokenizer.labels([token])[0])
+
+
+def _guesses(
+    tokenizer: Tokenizer,
+    model: MaskedLanguageModel,
+    tokens: np.ndarray,
+    labels: Sequence[str],
+    places: np.ndarray,
+) -> PageTable:
+    """What the model says stands at places whose tokens are hidden."""
+    chances = jax.nn.softmax(model(tokens[None])[0, places])
+    chances = np.asarray(chances)[:, : tokenizer.vocab_size]
+    rows = []
+    for place, of_place in zip(places, chances, strict=True):
+        guesses = np.argsort(-of_place)[:GUESSES]
+        around = labels[:place], labels[place : place + 1], labels[place + 1 :]
+        before, hidden, after = map("".join, around)
+        rows.append([
+            str(place + 1),
+            *(f"{_alone(tokenizer, id)} {of_place[id]:.0%}" for id in guesses),
+            f"{visible(before[-BEFORE:])} {hidden} {visible(after[:BEFORE])}".strip(),
+        ])  # fmt: skip
+    return PageTable(
+        "What is hidden",
+        "The likeliest tokens behind each mask, and how sure the model is. A click opens the row's "
+        "token.",
+        ["place", *(f"guess {i + 1}" for i in range(GUESSES)), "where"],
+        rows,
+        [int(place) for place in places],
+    )
 
 
 def _pair(trained: TrainedRun, text: str | None) -> LabelledPair:

@@ -1,7 +1,7 @@
 """A run's model as a folder of Hugging Face's, or such a folder in another precision.
 
 python -m experiments.convert --workdir=runs/gpt2 --architecture=gpt2 --out=gpt2_folder
-python -m experiments.convert --checkpoint=gpt2 --dtype=bfloat16 --out=gpt2_half
+python -m experiments.convert --checkpoint=openai-community/gpt2 --dtype=bfloat16 --out=gpt2_half
 
 transformers loads the folder by `AutoModelForCausalLM.from_pretrained(folder)`. A run must have
 been trained with the choices of the architecture, which `qkv_jax.interop.ARCHITECTURES` lists; the
@@ -26,7 +26,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "the run whose model is written")
 ARCHITECTURE = flags.DEFINE_enum(
     "architecture", None, sorted(interop.ARCHITECTURES), "what the run's model is to be read as"
 )
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "instead of a run: a folder of Hugging Face's, or owner/name on its hub"
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of what is written")
 OUT = flags.DEFINE_string("out", None, "the folder to write")
 
@@ -41,7 +43,7 @@ def main(_) -> None:
         if WORKDIR.value is not None:
             _convert_run(WORKDIR.value, out)
         else:
-            _convert_checkpoint(Path(CHECKPOINT.value), out)
+            _convert_checkpoint(interop.folder_of(CHECKPOINT.value), out)
     print(f"{out}  " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 

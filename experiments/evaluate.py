@@ -4,27 +4,27 @@ A model of masked tokens is evaluated on the same hidden tokens each time.
 
 python -m experiments.evaluate --workdir=runs/char_lm
 python -m experiments.evaluate --workdir=runs/char_lm --text=other.txt
-python -m experiments.evaluate --checkpoint=gpt2 --text=other.txt
+python -m experiments.evaluate --checkpoint=openai-community/gpt2 --text=other.txt
+python -m experiments.evaluate --checkpoint=google-bert/bert-base-uncased --text=other.txt
 
-A checkpoint is a folder of Hugging Face's with a language model; its windows overlap by half, so
-that every token but the first window's has at least half a context before it.
+A checkpoint is a folder of Hugging Face's, or `owner/name` on its hub, with a decoder or a BERT:
+`text_loss` says what is measured.
 """
 
-import math
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, setup
+from experiments import cli, setup, text_loss
 from experiments.pretrained import Pretrained
 from experiments.tasks import TextTask
-from qkv_jax import data, training
 from qkv_jax.data.files import read_text
-from qkv_jax.models import Decoder
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to evaluate")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "instead of a run: a folder of Hugging Face's, or owner/name on its hub"
+)
 TEXT = flags.DEFINE_string("text", None, "a language model: evaluate on all of this file instead")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "windows of a checkpoint at a time", 1)
 
@@ -50,35 +50,15 @@ def of_checkpoint() -> str:
     """The perplexity of a checkpoint's language model on a text, in a few lines.
 
     Raises:
-      ValueError: there is no text, or the model continues none.
+      ValueError: there is no text, or a run was named too.
     """
     if WORKDIR.present:
         raise ValueError("checkpoint: wanted either a checkpoint or a run, got both")
     if TEXT.value is None:
         raise ValueError("text: wanted a file on which to evaluate the checkpoint, got none")
     pretrained = Pretrained.load(CHECKPOINT.value)
-    checkpoint = pretrained.checkpoint
-    if checkpoint.architecture.model is not Decoder:
-        raise ValueError(
-            f"checkpoint: wanted a language model, got a {checkpoint.architecture.model_type}"
-        )
     text = read_text(Path(TEXT.value), what="the text")
-    tokens = pretrained.tokenizer.encode(text)
-    context = min(checkpoint.config.context, max(len(tokens) - 1, 1))
-    windows = data.sequential_windows(
-        tokens, batch_size=BATCH_SIZE.value, context=context, stride=-(-context // 2)
-    )
-    step = training.make_eval_step(checkpoint.graphdef)
-    scores = training.mean_metrics(step, checkpoint.params, windows)
-    bits = data.bits_per_character(scores["loss"], len(tokens) - 1, len(text))
-    return "\n".join([
-        f"{checkpoint.architecture.model_type}, on {TEXT.value}: {len(tokens):,} tokens, in "
-        f"windows of {context:,} that overlap by half", "",
-        "| nats per token | perplexity per token | bits per character | accuracy |",
-        "|---:|---:|---:|---:|",
-        f"| {scores['loss']:.4f} | {math.exp(scores['loss']):.3f} | {bits:.4f} | "
-        f"{scores['accuracy']:.4f} |",
-    ])  # fmt: skip
+    return text_loss.describe(pretrained, text, name=TEXT.value, batch_size=BATCH_SIZE.value)
 
 
 if __name__ == "__main__":

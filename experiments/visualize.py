@@ -3,14 +3,17 @@
 python -m experiments.visualize --workdir=runs/char_lm --text="The cat sat on the mat."
 python -m experiments.visualize --workdir=runs/char_lm --text_file=my.txt --worst=20
 python -m experiments.visualize --workdir=runs/a --other=runs/b --text="The cat sat on the mat."
+python -m experiments.visualize --workdir=runs/char_mlm --text="The cat sat on the m[MASK]t."
 python -m experiments.visualize --workdir=runs/translate --text="two hundred and thirty-four"
 python -m experiments.visualize --checkpoint=gpt2 --text="The cat sat on the mat."
 
-A checkpoint is a folder of Hugging Face's: config.json, model.safetensors and a tokenizer's files.
+A checkpoint is a folder of Hugging Face's, with config.json, model.safetensors and a tokenizer's
+files, or `owner/name` on its hub, such as openai-community/gpt2.
 Without a text a run shows what its report shows. The page has every head as a small map, lines
-between tokens, the product of one query and key, measures of each head, and for a language model
-what it would say after each layer. Of a large model, queries and keys are left out unless
---vector_mb gives them more room. --figures=<folder> draws the maps as PNG or SVG too.
+between tokens, the product of one query and key, measures of each head, for a language model what
+it would say after each layer, and for one of masked tokens what it says is behind each mask, which
+is "[MASK]", or as a checkpoint's tokenizer spells it. Of a large model, queries and keys are left
+out unless --vector_mb gives them more room. --figures=<folder> draws the maps as PNG or SVG too.
 """
 
 import dataclasses
@@ -27,7 +30,9 @@ from qkv_jax.data.files import read_text
 from qkv_jax.training.run_directory import write_text_atomic
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run whose model looks")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a folder of Hugging Face's, instead of a run")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "instead of a run: a folder of Hugging Face's, or owner/name on its hub"
+)
 OTHER = flags.DEFINE_string("other", None, "another run, to be compared on the same text")
 TEXT = flags.DEFINE_string("text", None, "what it reads, or translates")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "a UTF-8 file to read, from its beginning")
@@ -37,7 +42,11 @@ NUM_TOKENS = flags.DEFINE_integer(
 WORST = flags.DEFINE_integer(
     "worst", 0, "list so many of the tokens that a language model predicts worst", lower_bound=0
 )
-OUT = flags.DEFINE_string("out", None, "the page; default: <workdir>/attention.html")
+OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "the page; default: attention.html in the run's or checkpoint's folder, or runs/<name>",
+)
 VECTOR_MB = flags.DEFINE_float(
     "vector_mb", 1.0, "megabytes that a page gives to queries and keys, for q . k", lower_bound=0
 )
@@ -66,7 +75,7 @@ def main(_) -> None:
         out = Path(OUT.value or folders[0] / "attention.html")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(out, page)
-        print(f"{out}  {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
+        print(f"{out}  {len(page.encode()) / 1e6:.2f} MB; open it in a browser")
         if FIGURES.value is not None:
             for path in _draw(found[0].views[0], Path(FIGURES.value)):
                 print(path)

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.tasks.task import Example
 from experiments.tasks.text import TextTask
 from qkv_jax import data, nn
 from qkv_jax.data.batches import Batch
 from qkv_jax.models import EncoderConfig, MaskedLanguageModel
 
 BLANK = "□"
+MASK = "[MASK]"  # in a text that a person asks about
 
 
 class MaskedLM(TextTask):
@@ -68,8 +70,8 @@ class MaskedLM(TextTask):
         )
         blank = batch["weights"] == 1
         apply = jax.jit(lambda tokens: nn.merge(graphdef, params)(tokens))
-        logits = apply(np.where(blank, masking["mask_id"], batch["targets"]))
-        answers = np.asarray(logits[..., : masking["mask_id"]].argmax(-1))[blank]
+        logits = apply(np.where(blank, self.mask_id, batch["targets"]))
+        answers = np.asarray(logits[..., : self.mask_id].argmax(-1))[blank]
         targets = batch["targets"][blank]
         filled = batch["targets"].copy()
         filled[blank] = answers
@@ -91,12 +93,28 @@ class MaskedLM(TextTask):
         )
         return "\n".join(lines), about
 
+    def read(self, text: str) -> Example:
+        """A text as the model reads it: "[MASK]" hides a token."""
+        tokens, labels = [], []
+        for i, part in enumerate(text.split(MASK)):
+            if i:
+                tokens.append([self.mask_id])
+                labels.append(MASK)
+            read = super().read(part)
+            tokens.append(read.tokens)
+            labels += read.labels
+        return Example(np.concatenate(tokens).astype(np.int32), labels)
+
     def stack(self, model: nnx.Module) -> nnx.Module:
         return model.encoder
 
     @property
+    def mask_id(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
     def _masking(self) -> dict[str, Any]:
-        return {"mask_id": self.tokenizer.vocab_size, "mask_rate": self.settings.data.mask_rate}
+        return {"mask_id": self.mask_id, "mask_rate": self.settings.data.mask_rate}
 
 
 def _with_blanks(tokenizer: data.Tokenizer, tokens: np.ndarray, blank: np.ndarray) -> str:

@@ -124,6 +124,15 @@ class TextTask(Task):
         tokens, characters = len(self.text.validation) - 1, self.text.validation_characters
         return data.bits_per_character(loss, tokens, characters)
 
+    def read(self, text: str) -> Example:
+        """A text as the model reads it.
+
+        Raises:
+          ValueError: the tokenizer does not know it.
+        """
+        tokens = self.tokenizer.encode(text).astype(np.int32)
+        return Example(tokens, self.tokenizer.labels(tokens))
+
     def example(self) -> Example:
         length = min(EXAMPLE_LENGTH, self.settings.data.context)
         tokens = self.text.validation[:length].astype(np.int32)

@@ -9,6 +9,7 @@
 All of it is deterministic and runs on the host: NumPy, no JAX.
 """
 
+from qkv_jax.data.aozora import aozora_text
 from qkv_jax.data.arithmetic import modular_addition, split_pairs
 from qkv_jax.data.associations import recall
 from qkv_jax.data.batches import (
@@ -77,6 +78,7 @@ __all__ = [
     "TokenPairs",
     "Tokenizer",
     "UnigramTokenizer",
+    "aozora_text",
     "bits_per_character",
     "build_tokenizer",
     "check_token_ids",

@@ -1,7 +1,7 @@
 """Corpora: the text a language model learns from.
 
 `python_docs` is what every Python carries, so that a fresh machine needs no download; `text_file`
-is one's own.
+is one's own, and `aozora` one of Aozora Bunko's.
 """
 
 import ast
@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qkv_jax.data.aozora import aozora_text
 from qkv_jax.data.files import read_text, write_atomically
 
-CORPORA = ("python_docs", "text_file")
+CORPORA = ("python_docs", "text_file", "aozora")
 
 PYTHON_DOCS_FORMAT = 2  # raise it when what is cached changes: the cache's key has it
 PIECE_LENGTH = 4096  # characters; documents longer than this are cut between paragraphs
@@ -60,14 +61,15 @@ def load_corpus(name: str, path: str | os.PathLike | None = None) -> Corpus:
     """The corpus called `name`, one of `CORPORA`.
 
     Args:
-        name: "python_docs" or "text_file".
-        path: what "text_file" reads; "python_docs" takes none.
+        name: "python_docs", "text_file" or "aozora", which reads as "text_file" does and takes from
+            each text what `aozora_text` takes.
+        path: what the last two read; "python_docs" takes none.
 
     Raises:
         ValueError: an unknown name, a missing path, a path that would be ignored, or bad files.
     """
     _check(name, path)
-    return text_file(path) if name == "text_file" else python_docs()
+    return python_docs() if name == "python_docs" else _of_files(name, path)
 
 
 def text_file(path: str | os.PathLike) -> Corpus:
@@ -84,10 +86,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
     Raises:
         ValueError: nothing at `path`, or a file that is empty, binary, not UTF-8 or unreadable.
     """
-    texts = [text for _, text in _read_files(path)]
-    text = "\n".join(texts)
-    count = "1 file" if len(texts) == 1 else f"{len(texts)} files"
-    return Corpus("text_file", text, _sha256(text), f"{os.fspath(path)} ({count})")
+    return _of_files("text_file", path)
 
 
 def python_docs() -> Corpus:
@@ -125,18 +124,18 @@ def documents(name: str, path: str | os.PathLike | None = None) -> dict[str, str
 
     Those of "python_docs" are the topics of the language reference, such as "topic assert", and the
     docstrings of each source file, such as "json/decoder.py", after all that `python_docs` does to
-    them but cutting; those of "text_file" are its files.
+    them but cutting; those of the others are their files.
 
     Args:
         name: one of `CORPORA`.
-        path: what "text_file" reads.
+        path: as for `load_corpus`.
 
     Raises:
         ValueError: as for `load_corpus`.
     """
     _check(name, path)
-    if name == "text_file":
-        return dict(_read_files(path))
+    if name != "python_docs":
+        return dict(_read_files(name, path))
     texts: dict[str, list[str]] = {}
     for piece, text in _cached_pieces().items():
         texts.setdefault(piece.rpartition(":")[0], []).append(text)
@@ -146,10 +145,10 @@ def documents(name: str, path: str | os.PathLike | None = None) -> dict[str, str
 def _check(name: str, path: str | os.PathLike | None) -> None:
     if name not in CORPORA:
         raise ValueError(f"corpus {name!r} is unknown; wanted one of: {', '.join(CORPORA)}")
-    if name == "text_file":
+    if name != "python_docs":
         if path is None or not str(path):
             raise ValueError(
-                "corpus 'text_file' needs a path: one file, a glob, or a directory of text files"
+                f"corpus {name!r} needs a path: one file, a glob, or a directory of text files"
             )
         return
     if path is not None:
@@ -158,23 +157,31 @@ def _check(name: str, path: str | os.PathLike | None) -> None:
         )
 
 
-# --- text_file -----------------------------------------------------------------------------------
+# --- text_file, aozora ---------------------------------------------------------------------------
 
 
-def _read_files(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+def _of_files(name: str, path: str | os.PathLike) -> Corpus:
+    texts = [text for _, text in _read_files(name, path)]
+    text = "\n".join(texts)
+    count = "1 file" if len(texts) == 1 else f"{len(texts)} files"
+    return Corpus(name, text, _sha256(text), f"{os.fspath(path)} ({count})")
+
+
+def _read_files(name: str, path: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """(path, text) of each file."""
     try:
-        files = _matching_files(path)
+        files = _matching_files(name, path)
     except (OSError, RuntimeError) as error:  # no permission, or no such user's home
-        raise ValueError(f"text_file: {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"{name}: {str(path)!r} cannot be read: {error}") from error
     for file in files:
-        text = read_text(file, what="text_file:")
+        text = read_text(file, what=f"{name}:")
+        text = aozora_text(text) if name == "aozora" else text
         if not text.strip():
-            raise ValueError(f"text_file: {str(file)!r} is empty; wanted a file with text in it")
+            raise ValueError(f"{name}: {str(file)!r} is empty; wanted a file with text in it")
         yield str(file), text
 
 
-def _matching_files(path: str | os.PathLike) -> list[Path]:
+def _matching_files(name: str, path: str | os.PathLike) -> list[Path]:
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
@@ -184,12 +191,10 @@ def _matching_files(path: str | os.PathLike) -> list[Path]:
     elif glob.has_magic(str(root)):
         what, found = f"matches {str(path)!r}", map(Path, glob.glob(str(root), recursive=True))
     else:
-        raise ValueError(
-            f"text_file: {str(path)!r} does not exist; wanted a file, directory or glob"
-        )
+        raise ValueError(f"{name}: {str(path)!r} does not exist; wanted a file, directory or glob")
     files = sorted({file for file in found if file.is_file()})
     if not files:
-        raise ValueError(f"text_file: no file {what}; wanted at least one text file")
+        raise ValueError(f"{name}: no file {what}; wanted at least one text file")
     return files
 
 

@@ -183,6 +183,16 @@ def test_a_tokenizer_json_is_loaded_instead_of_training(bpe, tmp_path):
     np.testing.assert_array_equal(loaded.encode(TEXT), bpe.encode(TEXT))
 
 
+def test_a_files_truncation_and_padding_are_its_trainings_alone(bpe):
+    inner = bpe._tokenizer.from_str(bpe._tokenizer.to_str())
+    inner.enable_truncation(7)
+    inner.enable_padding(length=19)
+    cut = BpeTokenizer(inner.to_str())
+    for text in ("", TEXT):
+        np.testing.assert_array_equal(cut.encode(text), bpe.encode(text))
+        np.testing.assert_array_equal(cut.encode_framed(text), bpe.encode(text))
+
+
 def test_gpt2_files_give_the_published_number_of_tokens():
     pytest.importorskip("tokenizers")
     if not (SHARED / "gpt2_bpe").is_dir():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import setup
-from qkv_jax import data, nn
+from qkv_jax import data, nn, viz
 from tests.experiments.runs import (
     EVALUATED,
     LOGGED,
@@ -18,6 +18,7 @@ from tests.experiments.runs import (
     numbers,
     saved_steps,
 )
+from tests.pages import data_of
 
 # A rate that does not depend on how many steps there will be.
 MASKED = (
@@ -117,6 +118,30 @@ def test_the_report_shows_blanks_their_answers_and_where_the_model_looked(masked
     right = sum(b == "□" and f == c for b, f, c in zip(blanks, filled, start, strict=True))
     assert title == f"--- filled in by the model: {right} of 5 are right ---"
     assert rest[0] == "--- wrong ---" and rest[1].count(" for ") == 5 - right
+
+
+def test_a_page_says_what_it_expects_behind_masks(masked, scripts, tmp_path):
+    workdir, _ = masked
+    page = tmp_path / "page.html"
+    done = scripts.run(
+        "visualize", f"--workdir={workdir}", "--text=[MASK]he c[MASK]t", f"--out={page}"
+    )
+    assert done.returncode == 0, done.stderr
+    shown = data_of(page.read_text(encoding="utf-8"))
+    assert shown["views"][0]["queries"] == ["[MASK]", "h", "e", " ", "c", "[MASK]", "t"]
+    (table,) = shown["tables"]
+    assert table["tokens"] == [0, 5]
+    trained = setup.load_run(str(workdir))
+    tokenizer = trained.task.tokenizer
+    tokens = tokenizer.encode("_he c_t".replace("_", "t"))
+    tokens[[0, 5]] = tokenizer.vocab_size
+    chances = jax.nn.softmax(nn.merge(trained.graphdef, trained.params)(tokens[None])[0])
+    where = ["[MASK] he␣c[MASK]t", "[MASK]he␣c [MASK] t"]
+    for place, row, around in zip([0, 5], table["rows"], where, strict=True):
+        best = np.argmax(chances[place, :-1])
+        assert row[1] == f"{viz.visible(tokenizer.decode([best]))} {chances[place, best]:.0%}"
+        assert (row[0], row[-1]) == (str(place + 1), around)
+        assert len(row) == len(table["columns"]) == 7
 
 
 def test_it_does_not_continue_a_text(masked, scripts):
