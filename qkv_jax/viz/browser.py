@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 # How many steps a weight's square root is told in, tried in turn: fewer take less room.
 LEVELS = (255, 127, 63, 31, 15)
-SMALL, LARGE, PER_WEIGHT = 350_000, 14_000_000, 0.6  # bytes that packed weights may take
+SMALL, LARGE, PER_WEIGHT = 340_000, 14_000_000, 0.29  # bytes that packed weights may take
 SCRIPTS = ("state.js", "pictures.js", "page.js")  # in this order, one script
 VECTOR_LEVELS = 127  # steps from 0 to the largest component of a query or key
 VECTOR_BYTES = 1_000_000  # of a view's packed queries and keys, beyond which they are left out
@@ -76,7 +76,7 @@ def attention_page(
 
     It holds all that it shows and loads nothing; a text in it stays text, whatever it says. Weights
     are kept as squares of multiples of 1/255, or of fewer levels where they would take more than
-    0.6 bytes each and 350 kB together, or 14 MB; and shown with as many digits as that allows.
+    0.29 bytes each and 340 kB together, or 14 MB; and shown with as many digits as that allows.
     Queries and keys are multiples of 1/127 of the largest component of each, about 1.35 bytes a
     component; q . k comes with the error that this makes.
 
@@ -119,7 +119,9 @@ def attention_page(
         style=(files / "page.css").read_text(encoding="utf-8"),
         script="\n".join((files / name).read_text(encoding="utf-8") for name in SCRIPTS),
         # Within <script> only "<" can end the element or begin a comment.
-        data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+            "<", "\\u003c"
+        ),
     )
 
 

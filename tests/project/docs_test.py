@@ -48,7 +48,7 @@ def test_the_code_of_the_home_page_runs():
     run(blocks)
 
 
-@pytest.mark.parametrize("page", ["docs/qkv.md", "docs/ja/qkv.md"])
+@pytest.mark.parametrize("page", ["docs/qkv.md", "docs/ja/qkv.md", "docs/looking.md"])
 def test_the_explanation_prints_what_it_shows(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     namespace: dict = {}

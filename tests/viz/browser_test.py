@@ -58,7 +58,7 @@ def test_queries_and_keys_are_kept_head_by_head_to_half_a_step():
 def test_a_page_that_would_be_too_large_has_fewer_levels():
     short, long = (RNG.dirichlet(np.ones(T), (2, 4, T)).astype("f") for T in (40, 300))
     (view,) = data_of(attention_page([AttentionView("l", long, ["x"] * 300)], title="t"))["views"]
-    assert view["levels"] < 255 and len(view["cells"]) <= 0.6 * long.size
+    assert view["levels"] < 255 and len(view["cells"]) <= 340_000
     (view,) = data_of(attention_page([AttentionView("s", short, ["x"] * 40)], title="t"))["views"]
     assert view["levels"] == 255
 
