@@ -65,8 +65,14 @@ class Pretrained:
         target = np.asarray(written[0])
         target = target[: int(np.argmax(target == end)) + 1] if end in target else target
         read = np.concatenate([[begin], target[:-1]])
-        labels = (self.tokenizer.labels(tokens) for tokens in (source, read, target))
+        labels = (self._labels(tokens) for tokens in (source, read, target))
         return LabelledPair(source[None], read[None], *labels)
+
+    def _labels(self, tokens: np.ndarray) -> list[str]:
+        """What tokens are called; a model may write ids that no tokenizer has."""
+        known = tokens < self.tokenizer.vocab_size
+        names = iter(self.tokenizer.labels(tokens[known]))
+        return [next(names) if k else f"<{id}>" for k, id in zip(known, tokens, strict=True)]
 
 
 def _mask_id(folder: Path, tokenizer: Tokenizer) -> int | None:
