@@ -38,6 +38,7 @@ def hub(tmp_path, monkeypatch):
 
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)  # as make test sets it
     return hub
 
 
