@@ -216,6 +216,45 @@ def block_states(
         yield x
 
 
+def init_caches(blocks: Sequence[nn.TransformerBlock | CrossBlock], *args, **kwargs) -> list[Any]:
+    """A cache for each block; arguments as of its mixer's `init_cache`."""
+    return [block.mixer.init_cache(*args, **kwargs) for block in blocks]
+
+
+def extend_blocks(
+    config: TransformerConfig,
+    blocks: Sequence[nn.TransformerBlock | CrossBlock],
+    x: jax.Array,
+    caches: Sequence[Any],
+    *,
+    score: tuple[Score, ...] | None = None,
+    own: Sequence[dict[str, Any]] | None = None,
+    **shared: Any,
+) -> tuple[jax.Array, list[Any]]:
+    """New tokens [B, T, D] after all blocks, and their caches: `apply_blocks`, in parts.
+
+    Args:
+      caches: of the blocks.
+      score: for the mixers that are attention, as in `block_states`.
+      own: what else each block takes.
+      shared: what else all take: positions, lengths.
+    """
+    first_values, after = None, []
+    own = [{}] * len(blocks) if own is None else own
+    for block, cache, kwargs in zip(blocks, caches, own, strict=True):
+        kwargs = shared | kwargs
+        if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
+            kwargs["score"] = score
+        if isinstance(block.mixer, nn.ValueResidualAttention):
+            kwargs["first_values"] = first_values
+            if first_values is None:
+                seen = x if config.norm_position == "post" else block.mixer_norm(x)
+                first_values = block.mixer.values(seen)
+        x, cache = block.extend(x, cache, **kwargs)
+        after.append(cache)
+    return x, after
+
+
 def make_head(config: TransformerConfig, rngs: nnx.Rngs) -> nn.Linear | None:
     """What makes logits of the residual stream; None where the token embedding does."""
     if config.tie_embeddings:

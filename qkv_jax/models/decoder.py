@@ -1,6 +1,7 @@
 """A decoder-only language model: GPT-2 style, Llama style and what lies between, by config."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,6 +11,8 @@ from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
     dropout_rngs,
+    extend_blocks,
+    init_caches,
     kernel_init,
     logit_scores,
     make_bias,
@@ -21,6 +24,7 @@ from qkv_jax.models.blocks import (
 )
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import check_mixers
+from qkv_jax.ops.cache import Cache
 from qkv_jax.ops.masks import Mask
 
 
@@ -92,6 +96,53 @@ class Decoder(nnx.Module):
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """The first residual stream, [B, T, D]."""
         return add_positions(self.config, self.positions, self.embedding(tokens), positions)
+
+    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> list[Any]:
+        """What `extend` begins with: a cache for each layer.
+
+        Args:
+          batch: B.
+          length: the most tokens that a row may have.
+          kind: of the caches of keys and values: `ops.cache.Cache` or `QuantizedCache`.
+
+        Raises:
+          ValueError: for more tokens than a learned table of positions has.
+        """
+        if self.config.position == "learned" and length > self.config.context:
+            raise ValueError(
+                f"length: wanted at most model.context = {self.config.context}, got {length}"
+            )
+        return init_caches(self.blocks, batch, length, kind=kind)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: list[Any],
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any]]:
+        """Reads new tokens, after those that the cache has seen.
+
+            x, cache = model.extend(tokens, cache, positions=positions)
+            logits = model.logits(x)
+
+        In whatever parts a text is read, the logits are those of the whole, one call of the model.
+
+        Args:
+          tokens: integers [B, T].
+          cache: what `init_cache` or the last call returned.
+          positions: of the new tokens, integers that follow one another, [T], or [B, T].
+          lengths: how many of the T are no padding, integers [B]; None: all of them.
+
+        Returns:
+          The last residual stream [B, T, D], and the cache after these tokens.
+        """
+        x = self.embed(tokens, positions)
+        return extend_blocks(
+            self.config, self.blocks, x, cache, positions=positions, lengths=lengths,
+            score=logit_scores(self.config, self.bias),
+        )  # fmt: skip
 
     def state_size(self, length: int) -> int:
         """How many numbers decoding one more token needs per sequence, after `length` of them."""

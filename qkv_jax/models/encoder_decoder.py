@@ -1,6 +1,7 @@
 """An encoder-decoder of Transformer blocks: Vaswani's, T5, and what lies between, by config."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,6 +11,7 @@ from qkv_jax.models.blocks import (
     add_positions,
     apply_blocks,
     dropout_rngs,
+    extend_blocks,
     kernel_init,
     logit_scores,
     make_bias,
@@ -20,6 +22,7 @@ from qkv_jax.models.blocks import (
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig
 from qkv_jax.models.mixers import HEADS, MIXERS, SETTINGS, check_mixers
+from qkv_jax.ops.cache import Cache
 from qkv_jax.ops.masks import Causal, Lengths
 
 
@@ -189,6 +192,44 @@ class EncoderDecoder(nnx.Module):
             context=memory,
             context_mask=None if source_lengths is None else Lengths(source_lengths),
         )  # fmt: skip
+        return self.decoder.logits(x)
+
+    def init_cache(
+        self, memory: jax.Array, length: int, *, kind: type[Cache] = Cache
+    ) -> tuple[list[Any], list[Any]]:
+        """What `extend` begins with: each layer's own cache, and its keys and values of the memory.
+
+        Args:
+          memory: [B, S, D], what `encode` returned.
+          length: the most target tokens that a row may have.
+          kind: of the caches that grow.
+        """
+        crosses = [block.cross.mixer.context_cache(memory) for block in self.decoder.blocks]
+        return self.decoder.init_cache(memory.shape[0], length, kind=kind), crosses
+
+    def extend(
+        self,
+        target_in: jax.Array,
+        cache: tuple[list[Any], list[Any]],
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+        source_lengths: int | jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[list[Any], list[Any]]]:
+        """Reads new target tokens, as `Decoder.extend` does; logits by `self.logits`."""
+        own, crosses = cache
+        mask = None if source_lengths is None else Lengths(source_lengths)
+        decoder = self.decoder
+        x, own = extend_blocks(
+            decoder.config, decoder.blocks, decoder.embed(target_in, positions), own,
+            positions=positions, lengths=lengths, context_mask=mask,
+            score=logit_scores(decoder.config, decoder.bias),
+            own=[{"context_cache": cross} for cross in crosses],
+        )  # fmt: skip
+        return x, (own, crosses)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The logits, float32 [B, T, V], of the last residual stream [B, T, D]."""
         return self.decoder.logits(x)
 
     def state_size(self, length: int, source_length: int) -> int:

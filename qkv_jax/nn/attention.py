@@ -11,7 +11,8 @@ from flax.typing import Dtype, Initializer
 from qkv_jax import ops
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.nn.norms import make_norm
-from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.scores import Score
 
 _default_init = nnx.initializers.lecun_normal()
@@ -149,14 +150,9 @@ class MultiHeadAttention(nnx.Module):
         Returns:
           [B, T, D].
         """
-        B, T = x.shape[:2]
         if context is None:
             context_positions = positions
-        q, k, v = self.project(x, context)
-        if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if self.rotary_base is not None:
-            q, k = self._rotate(q, positions), self._rotate(k, context_positions)
+        q, k, v = self._prepared(x, context, positions, context_positions)
         if self.scale is not None:
             kwargs["scale"] = self.scale
         out = self.attend(
@@ -164,7 +160,128 @@ class MultiHeadAttention(nnx.Module):
             q_positions=positions, kv_positions=context_positions,
             dropout_rate=0.0 if rng is None else self.dropout_rate, dropout_rng=rng, **kwargs,
         )  # fmt: skip
-        return self.out(out.reshape(B, T, -1))
+        return self.out(out.reshape(*x.shape[:2], -1))
+
+    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Any:
+        """What `extend` begins with, before any token.
+
+        Args:
+          batch: B.
+          length: the most tokens that a row may have. An op that forgets keys keeps fewer, one that
+            keeps something else that.
+          kind: of the cache of keys and values.
+        """
+        if hasattr(self.op, "init_cache"):
+            return self.op.init_cache(batch, self.num_kv_heads, self.head_dim)
+        num_sinks, window = getattr(self.op, "kept", (0, None))
+        rolling = window is not None and num_sinks + window < length
+        shape = (self.num_kv_heads, self.head_dim)
+        return kind.empty(
+            batch, num_sinks + window if rolling else length, *self._cached_shapes(shape),
+            rolling=rolling, num_sinks=num_sinks if rolling else 0, dtype=self.cache_dtype,
+        )  # fmt: skip
+
+    def _cached_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+        """Of what a token leaves: a key and a value."""
+        return shape, shape
+
+    @property
+    def cache_dtype(self) -> str:
+        """That in which keys and values are computed."""
+        layer = next(y for y in (self.value, self.key, self.query) if y is not None)
+        return jnp.dtype(layer.dtype or layer.kernel.dtype).name
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: Any,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+        score: Score | tuple[Score, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Attends from new tokens to those that were read before, and to one another: causally.
+
+        Any split of a sequence into calls gives what one call with `Causal()` gives.
+
+        Args:
+          x: [B, T, D], the new tokens.
+          cache: what `init_cache` or the last call returned.
+          positions: of the new tokens, integers that follow one another, [T], or [B, T].
+          lengths: how many of the T are no padding, integers [B]; None: all of them.
+          score: what happens to the logits before the softmax.
+          **kwargs: what else a subclass's `attend_cached` takes.
+
+        Returns:
+          [B, T, D], where padding means nothing, and the cache after these tokens.
+        """
+        q, k, v = self._prepared(x, None, positions, positions)
+        if self.scale is not None:
+            kwargs["scale"] = self.scale
+        out, cache = self.attend_cached(
+            x, q, k, v, cache, positions=positions, lengths=lengths, score=score, **kwargs
+        )
+        return self.out(out.reshape(*x.shape[:2], -1)), cache
+
+    def attend_cached(
+        self,
+        x: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Any,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        """`attend` with the keys and values of a cache, after norm and rotation; and the cache."""
+        if hasattr(self.op, "extend"):
+            return self.op.extend(q, k, v, cache, positions=positions, lengths=lengths, **kwargs)
+        (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)
+        out = self.attend(
+            x, q, k, v, mask=Causal(), q_positions=positions, kv_positions=kv_positions, **kwargs
+        )
+        return out, cache
+
+    def context_cache(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of a context, for `extend_context`.
+
+        Args:
+          context: [B, S, context_width].
+        """
+        layers = [layer for layer in (self.key, self.value) if layer is not None]
+        made = iter(project(context, layers)) if layers else iter(())
+        k = next(made) if self.key is not None else self.query(context)
+        v = next(made) if self.value is not None else k
+        k, v = (y.reshape(*y.shape[:2], self.num_kv_heads, self.head_dim) for y in (k, v))
+        return (k if self.key_norm is None else self.key_norm(k)), v
+
+    def attend_context(
+        self, x: jax.Array, cache: tuple[jax.Array, jax.Array], *, mask: Mask | None = None
+    ) -> jax.Array:
+        """Attends from `x` [B, T, D] to a context whose keys and values are `context_cache`'s."""
+        q = self.query(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        q = q if self.query_norm is None else self.query_norm(q)
+        kwargs = {} if self.scale is None else {"scale": self.scale}
+        out = self.attend(x, q, *cache, mask=mask, **kwargs)
+        return self.out(out.reshape(*x.shape[:2], -1))
+
+    def _prepared(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        positions: jax.Array | None,
+        context_positions: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, normed and rotated."""
+        q, k, v = self.project(x, context)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary_base is not None:
+            q, k = self._rotate(q, positions), self._rotate(k, context_positions)
+        return q, k, v
 
     def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         frequencies = ops.positions.rotary_frequencies(self.head_dim, self.rotary_base)

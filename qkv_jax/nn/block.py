@@ -81,6 +81,28 @@ class TransformerBlock(nnx.Module):
         def feed_forward(x: jax.Array) -> jax.Array:
             return dropout(self.feed_forward(x), self.dropout_rate, last_rng)
 
+        return self.added(x, mix, feed_forward)
+
+    def extend(self, x: jax.Array, cache: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        """Maps new tokens [B, T, D] to [B, T, D], after those in the mixer's cache; and that cache.
+
+        `kwargs` (positions, lengths, ...) go to the mixer's `extend`.
+        """
+        kept = [cache]
+
+        def mix(x: jax.Array) -> jax.Array:
+            out, kept[0] = self.mixer.extend(x, kept[0], **kwargs)
+            return out
+
+        return self.added(x, mix, self.feed_forward), kept[0]
+
+    def added(
+        self,
+        x: jax.Array,
+        mix: Callable[[jax.Array], jax.Array],
+        feed_forward: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """`x` with both branches."""
         x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, self.norm_position)
         if self.feed_forward is None:
             return x

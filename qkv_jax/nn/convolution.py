@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from flax.typing import Dtype, Initializer
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import masks
 from qkv_jax.ops.arguments import check_positive
-from qkv_jax.ops.convolution import causal_convolution, long_convolution, shifted
+from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.convolution import causal_convolution, last_inputs, long_convolution, shifted
 from qkv_jax.ops.masks import Mask
 
 _default_init = nnx.initializers.lecun_normal()
@@ -86,9 +88,30 @@ class GatedConvolution(nnx.Module):
         del positions, rng
         causal, lengths = masks.order_of(mask, "a gated convolution")
         x = _without_padding(x, lengths)
-        window = jnp.concatenate(shifted(x, self.conv_width, causal=causal), axis=-1)
-        value, gate = project(window, [self.value, self.gate])
+        return self._gated(shifted(x, self.conv_width, causal=causal))
+
+    def _gated(self, moved: list[jax.Array]) -> jax.Array:
+        value, gate = project(jnp.concatenate(moved, axis=-1), [self.value, self.gate])
         return value * jax.nn.sigmoid(gate)
+
+    def init_cache(self, batch: int, length: int, **_: Any) -> jax.Array:
+        """What `extend` begins with: the last W - 1 inputs, [B, W-1, D]."""
+        del length
+        dtype = self.value.dtype or self.value.kernel.dtype
+        return jnp.zeros((batch, self.conv_width - 1, self.width), dtype)
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: jax.Array,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `MultiHeadAttention.extend`; the cache does not grow."""
+        del positions
+        out = self._gated(shifted(x, self.conv_width, state=cache))
+        return out, last_inputs(x, self.conv_width, state=cache, lengths=lengths)
 
     def state_size(self, length: int) -> int:
         """The last W - 1 inputs, whatever the `length`."""
@@ -183,12 +206,53 @@ class LongConvolution(nnx.Module):
         """
         del positions, rng
         x = _without_padding(x, masks.causal_lengths(mask, "a long convolution"))
-        inputs = project(x, [self.value, self.first, self.second])
-        short = causal_convolution(jnp.concatenate(inputs, axis=-1), self.short[...])
+        gated, second = self._gated(self._inputs(x), None)
+        return self._out(long_convolution(gated, self.filter(x.shape[1])), gated, second)
+
+    def _inputs(self, x: jax.Array) -> jax.Array:
+        """Of the short convolution, [B, T, 3 D]."""
+        return jnp.concatenate(project(x, [self.value, self.first, self.second]), axis=-1)
+
+    def _gated(self, inputs: jax.Array, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The long filter's inputs and the second gate, each [B, T, D]."""
+        short = causal_convolution(inputs, self.short[...], state=state)
         value, first, second = jnp.split(short, 3, axis=-1)
-        gated = first * value
-        mixed = long_convolution(gated, self.filter(x.shape[1]))
+        return first * value, second
+
+    def _out(self, mixed: jax.Array, gated: jax.Array, second: jax.Array) -> jax.Array:
         return self.out(second * (mixed + self.skip[...].astype(gated.dtype) * gated))
+
+    def init_cache(self, batch: int, length: int, **_: Any) -> tuple[jax.Array, Cache]:
+        """What `extend` begins with: the short filter's last inputs, and all of the long one's."""
+        dtype = jnp.dtype(self.value.dtype or self.value.kernel.dtype).name
+        tail = jnp.zeros((batch, self.short_width - 1, 3 * self.width), dtype)
+        return tail, Cache.empty(batch, length, (self.width,), dtype=dtype)
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, Cache],
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, Cache]]:
+        """As `MultiHeadAttention.extend`: a sum over the whole cache for each token, O(T S D)."""
+        tail, inputs = cache
+        joined = self._inputs(x)
+        gated, second = self._gated(joined, tail)
+        tail = last_inputs(joined, self.short_width, state=tail, lengths=lengths)
+        (seen,), kv_positions, inputs = inputs.attended((gated,), positions, lengths)
+        rows = self.filter(inputs.capacity)
+
+        def mix(position: jax.Array) -> jax.Array:  # [B or 1] -> [B, D]
+            distance = position[:, None] - kv_positions
+            taps = jnp.take(rows, jnp.maximum(distance, 0), axis=0)
+            taps = jnp.where((distance >= 0)[..., None], taps, 0)
+            return jnp.sum(taps * seen, axis=1)
+
+        places = jnp.atleast_2d(positions).T  # [T, B or 1]
+        mixed = jnp.moveaxis(jax.lax.map(mix, places), 0, 1).astype(gated.dtype)
+        return self._out(mixed, gated, second), (tail, inputs)
 
     def state_size(self, length: int) -> int:
         """All inputs of the long filter, and the last of the short one."""

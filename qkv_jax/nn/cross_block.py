@@ -71,3 +71,34 @@ class CrossBlock(nnx.Module):
         position = self.cross.norm_position
         x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, position)
         return self.cross(x, context=context, mask=context_mask, rng=cross_rng)
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: Any,
+        *,
+        context_cache: Any,
+        context_mask: Mask | None = None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Maps new tokens [B, T, D] to [B, T, D], after those in the mixer's cache; and that cache.
+
+        Args:
+          x: [B, T, D].
+          cache: of the mixer.
+          context_cache: what the `context_cache` of `cross` has made of the context.
+          context_mask: which of it.
+          **kwargs: of the mixer's `extend`: positions, lengths, ...
+        """
+        kept = [cache]
+
+        def mix(x: jax.Array) -> jax.Array:
+            out, kept[0] = self.mixer.extend(x, kept[0], **kwargs)
+            return out
+
+        def read(x: jax.Array) -> jax.Array:
+            return self.cross.mixer.attend_context(x, context_cache, mask=context_mask)
+
+        position = self.cross.norm_position
+        x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, position)
+        return self.cross.added(x, read, self.cross.feed_forward), kept[0]

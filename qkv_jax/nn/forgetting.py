@@ -10,7 +10,11 @@ from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.nn.linear import Linear
-from qkv_jax.ops.forgetting import forgetting_attention
+from qkv_jax.ops.attention import attention
+from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.forgetting import forget_score, forgetting_attention, running_sums
+from qkv_jax.ops.masks import Causal
+from qkv_jax.ops.scores import Score
 
 _default_init = nnx.initializers.lecun_normal()
 
@@ -65,9 +69,46 @@ class ForgettingAttention(MultiHeadAttention):
     def attend(
         self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any
     ) -> jax.Array:
+        return self.op(q, k, v, log_forget=self._log_forget(x), **kwargs)
+
+    def _log_forget(self, x: jax.Array) -> jax.Array:
         gates = self.forget(x)
-        gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
-        return self.op(q, k, v, log_forget=jax.nn.log_sigmoid(gates), **kwargs)
+        return jax.nn.log_sigmoid(gates.astype(jnp.promote_types(gates.dtype, jnp.float32)))
+
+    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Any:
+        """The cache of keys and values, and the running sums of the gates, in float32."""
+        sums = Cache.empty(batch, length, (self.num_heads,), dtype="float32")
+        return super().init_cache(batch, length, kind=kind), sums
+
+    def attend_cached(
+        self,
+        x: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Any,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        score: Score | tuple[Score, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        cache, sums = cache
+        log_forget = self._log_forget(x)
+        if lengths is not None:  # padding forgets nothing
+            real = jnp.arange(x.shape[1]) < jnp.reshape(lengths, (-1, 1))
+            log_forget = jnp.where(real[..., None], log_forget, 0)
+        # Sums only fall, so that the least is the last.
+        so_far = jnp.min(sums.read()[0], axis=1, keepdims=True)
+        new = so_far + running_sums(log_forget)
+        (kv_sums,), _, sums = sums.attended((new,), positions, lengths)
+        (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)
+        given = () if score is None else score if isinstance(score, tuple) else (score,)
+        out = attention(
+            q, k, v, mask=Causal(), score=(*given, forget_score(new, kv_sums)),
+            q_positions=positions, kv_positions=kv_positions, **kwargs,
+        )  # fmt: skip
+        return out, (cache, sums)
 
     def state_size(self, length: int) -> int:
         """Keys, values and the running sum of each head's gates."""

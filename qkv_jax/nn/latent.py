@@ -9,8 +9,9 @@ from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import positions as rotation
+from qkv_jax.ops.cache import Cache
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
-from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.scores import Score
 
 _default_init = nnx.initializers.lecun_normal()
@@ -182,6 +183,28 @@ class LatentAttention(nnx.Module):
             absorbed_latent_attention, self._queries(self.query(q), positions), latent, k_rotary,
             mask=mask, score=score, positions=positions, kv_positions=kv_positions, rng=rng,
         )  # fmt: skip
+
+    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Cache:
+        """What `extend` begins with: latents and rotated keys for so many tokens; see `extend`."""
+        dtype = jnp.dtype(self.latent.dtype or self.latent.kernel.dtype).name
+        return kind.empty(batch, length, (self.latent_dim,), (self.rotary_dim,), dtype=dtype)
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: Cache,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+        score: Score | tuple[Score, ...] | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """As `MultiHeadAttention.extend`, absorbed: nothing in the cache is expanded."""
+        new = self.compress(x, positions)
+        state, kv_positions, cache = cache.attended(new, positions, lengths)
+        out = self.attend_absorbed(
+            x, *state, mask=Causal(), score=score, positions=positions, kv_positions=kv_positions
+        )
+        return out, cache
 
     def state_size(self, length: int) -> int:
         """How many numbers `compress` keeps of `length` tokens."""

@@ -1,6 +1,7 @@
 """Mixers whose memory is a matrix per head: retention, SSD, gated linear attention, delta rules."""
 
 import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from qkv_jax import ops
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import masks
 from qkv_jax.ops.arguments import check_positive
-from qkv_jax.ops.convolution import causal_convolution
+from qkv_jax.ops.convolution import causal_convolution, last_inputs
 from qkv_jax.ops.delta import delta_rule
 from qkv_jax.ops.linear import linear_attention
 from qkv_jax.ops.masks import Mask
@@ -115,23 +116,61 @@ class LinearRecurrence(nnx.Module, abc.ABC):
         """
         del rng
         lengths = masks.causal_lengths(mask, type(self).__name__)
+        out, _ = self._mixed(x, lengths, positions, None)
+        return out
+
+    def init_cache(self, batch: int, length: int, **_: Any) -> tuple[jax.Array | None, jax.Array]:
+        """What `extend` begins with: the last inputs of the convolution, and the matrices."""
+        del length
+        tail = None
+        if self.kernel is not None:
+            W, C = self.kernel.shape
+            tail = jnp.zeros((batch, W - 1, C), self.query.dtype or self.query.kernel.dtype)
+        return tail, jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array | None, jax.Array],
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+        """As `MultiHeadAttention.extend`; the cache does not grow."""
+        return self._mixed(x, lengths, positions, cache)
+
+    def _mixed(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None,
+        positions: jax.Array | None,
+        cache: tuple[jax.Array | None, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+        """The mixed tokens [B, T, D] after what the cache holds, and the cache after them."""
+        tail, state = (None, None) if cache is None else cache
         *qkv, gate = project(x, [self.query, self.key, self.value, self.gate])
         if self.kernel is not None:
             qkv = jnp.concatenate(qkv, axis=-1)
-            qkv = jax.nn.silu(causal_convolution(qkv, self.kernel[...].astype(qkv.dtype)))
+            kernel = self.kernel[...].astype(qkv.dtype)
+            before, tail = tail, last_inputs(qkv, len(kernel), state=tail, lengths=lengths)
+            qkv = jax.nn.silu(causal_convolution(qkv, kernel, state=before))
             qkv = jnp.split(qkv, 3, axis=-1)
         q, k, v, gate = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (*qkv, gate))
         if self.rotary_base is not None:
             positions = jnp.arange(x.shape[1]) if positions is None else positions
             q, k = (ops.positions.rotary(y, positions, base=self.rotary_base) for y in (q, k))
-        out = self.norm(self.recurrence(x, q, k, v, lengths)) * jax.nn.silu(gate)
-        return self.out(out.reshape(*out.shape[:2], -1))
+        out, state = self.recurrence(x, q, k, v, lengths=lengths, state=state)
+        out = self.norm(out) * jax.nn.silu(gate)
+        return self.out(out.reshape(*out.shape[:2], -1)), (tail, state)
 
     @abc.abstractmethod
     def recurrence(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None
-    ) -> jax.Array:
-        """The recurrence over queries, keys and values [B, T, N, H], with gates made from `x`."""
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **carried: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The recurrence over queries, keys and values [B, T, N, H], with gates made from `x`.
+
+        `carried` is `lengths` and `state`, as `ops.linear` has them; the new state is returned too.
+        """
 
     def state_size(self, length: int) -> int:
         """The matrices, and the inputs that the convolution still sees, whatever the `length`."""
@@ -151,13 +190,10 @@ class Retention(LinearRecurrence):
 
     has_convolution = False
 
-    def recurrence(self, x, q, k, v, lengths):
+    def recurrence(self, x, q, k, v, **carried):
         decay = np.log1p(-(2.0 ** (-5 - np.arange(self.num_heads))))
         log_decay = jnp.broadcast_to(jnp.asarray(decay, jnp.float32), q.shape[:3])
-        out, _ = linear_attention(
-            q, k, v, log_decay=log_decay, lengths=lengths, chunk_size=self.chunk_size
-        )
-        return out
+        return linear_attention(q, k, v, log_decay=log_decay, chunk_size=self.chunk_size, **carried)
 
 
 class GatedLinearAttention(LinearRecurrence):
@@ -180,12 +216,9 @@ class GatedLinearAttention(LinearRecurrence):
         super().__init__(width, num_heads, **kwargs)
         self.decay = LowRank(width, num_heads * self.head_dim, gate_rank, **_shared(kwargs))
 
-    def recurrence(self, x, q, k, v, lengths):
+    def recurrence(self, x, q, k, v, **carried):
         log_decay = jax.nn.log_sigmoid(self.decay(x).reshape(q.shape)) / 16
-        out, _ = linear_attention(
-            q, k, v, log_decay=log_decay, lengths=lengths, chunk_size=self.chunk_size
-        )
-        return out
+        return linear_attention(q, k, v, log_decay=log_decay, chunk_size=self.chunk_size, **carried)
 
 
 class StateSpaceDuality(LinearRecurrence):
@@ -202,13 +235,13 @@ class StateSpaceDuality(LinearRecurrence):
         self.decay = StepDecay(width, num_heads, num_heads, **_shared(kwargs))
         self.skip = nnx.Param(jnp.ones(num_heads, kwargs.get("param_dtype", jnp.float32)))
 
-    def recurrence(self, x, q, k, v, lengths):
+    def recurrence(self, x, q, k, v, **carried):
         dt, log_decay = self.decay(x)
-        out, _ = linear_attention(
-            q, k, v * dt[..., None].astype(v.dtype), log_decay=log_decay, lengths=lengths,
-            chunk_size=self.chunk_size,
+        out, state = linear_attention(
+            q, k, v * dt[..., None].astype(v.dtype), log_decay=log_decay,
+            chunk_size=self.chunk_size, **carried,
         )  # fmt: skip
-        return out + self.skip[...].astype(v.dtype)[:, None] * v
+        return out + self.skip[...].astype(v.dtype)[:, None] * v, state
 
 
 class DeltaNet(LinearRecurrence):
@@ -221,13 +254,12 @@ class DeltaNet(LinearRecurrence):
         super().__init__(width, num_heads, **kwargs)
         self.beta = Linear(width, num_heads, use_bias=False, **_shared(kwargs))
 
-    def recurrence(self, x, q, k, v, lengths):
+    def recurrence(self, x, q, k, v, **carried):
         beta = jax.nn.sigmoid(_wide(self.beta(x)))
-        out, _ = delta_rule(
-            _unit(q), _unit(k), v, beta, log_decay=self.log_decay(x, q), lengths=lengths,
-            chunk_size=self.chunk_size,
+        return delta_rule(
+            _unit(q), _unit(k), v, beta, log_decay=self.log_decay(x, q),
+            chunk_size=self.chunk_size, **carried,
         )  # fmt: skip
-        return out
 
     def log_decay(self, x: jax.Array, q: jax.Array) -> jax.Array | None:
         """At most 0, [B, T, N] or [B, T, N, H]; None: the state never decays."""

@@ -11,6 +11,8 @@ from flax.typing import Dtype
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.nn.feed_forward import gelu
 from qkv_jax.nn.linear import Linear
+from qkv_jax.ops.cache import among_all, of_these
+from qkv_jax.ops.masks import Causal
 from qkv_jax.ops.native_sparse import Pattern, native_sparse_attention
 
 
@@ -111,6 +113,24 @@ class NativeSparseAttention(MultiHeadAttention):
             gates=jax.nn.sigmoid(self.gate(x)).reshape(*q.shape[:3], 3), pattern=self.pattern,
             **kwargs,
         )  # fmt: skip
+
+    def attend_cached(
+        self,
+        x: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Any,
+        *,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        """The op wants all queries: those of tokens read before are 0, and their outputs unused."""
+        (k, v), _, cache = cache.attended((k, v), positions, lengths)
+        x, q = (among_all(y, positions, k.shape[1]) for y in (x, q))
+        out = self.attend(x, q, k, v, mask=Causal(), **kwargs)
+        return of_these(out, positions), cache
 
     def state_size(self, length: int) -> int:
         """Keys and values, and the compressed ones."""

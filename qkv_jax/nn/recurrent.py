@@ -154,6 +154,19 @@ class Recurrent(nnx.Module):
         y, _ = run(self.cell, x)
         return self.out(y)
 
+    def init_cache(self, batch: int, length: int, **_: Any) -> Any:
+        """What `extend` begins with: the state of the cell."""
+        del length
+        return jax.tree.map(lambda x: x.astype(jnp.float32), initial_state(self.cell, batch))
+
+    def extend(
+        self, x: jax.Array, cache: Any, *, positions: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """As `MultiHeadAttention.extend`; the cache does not grow."""
+        del positions
+        y, cache = run(self.cell, x, state=cache, lengths=lengths)
+        return self.out(y), cache
+
     def state_size(self, length: int) -> int:
         """The state of the cell, whatever the `length`."""
         del length

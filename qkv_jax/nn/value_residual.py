@@ -57,12 +57,28 @@ class ValueResidualAttention(MultiHeadAttention):
         first_values: jax.Array | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        if first_values is not None:
-            if first_values.shape != v.shape:
-                raise ValueError(
-                    f"first_values: wanted [B, S, K, h] = {list(v.shape)}, "
-                    f"got {list(first_values.shape)}"
-                )
-            first, own = (w[...].astype(v.dtype) for w in (self.lambda_first, self.lambda_own))
-            v = first * first_values.astype(v.dtype) + own * v
-        return super().attend(x, q, k, v, **kwargs)
+        return super().attend(x, q, k, self._mixed(v, first_values), **kwargs)
+
+    def attend_cached(
+        self,
+        x: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Any,
+        *,
+        first_values: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        return super().attend_cached(x, q, k, self._mixed(v, first_values), cache, **kwargs)
+
+    def _mixed(self, v: jax.Array, first_values: jax.Array | None) -> jax.Array:
+        if first_values is None:
+            return v
+        if first_values.shape != v.shape:
+            raise ValueError(
+                f"first_values: wanted [B, S, K, h] = {list(v.shape)}, "
+                f"got {list(first_values.shape)}"
+            )
+        first, own = (w[...].astype(v.dtype) for w in (self.lambda_first, self.lambda_own))
+        return first * first_values.astype(v.dtype) + own * v

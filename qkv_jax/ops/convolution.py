@@ -111,6 +111,29 @@ def shifted(
     return [padded[:, width - 1 - w : width - 1 - w + T] for w in range(width)]
 
 
+def last_inputs(
+    x: Array, width: int, *, state: Array | None = None, lengths: Array | None = None
+) -> jax.Array:
+    """The next call's `state` of `causal_convolution`: the W - 1 inputs before what follows `x`.
+
+    Args:
+      x: [B, T, C].
+      width: W.
+      state: the W - 1 inputs before `x`, [B, W-1, C]; by default zeros.
+      lengths: how many of the T are no padding, integers [B]; None: all.
+
+    Returns:
+      [B, W-1, C].
+    """
+    B, T, C = x.shape
+    state = jnp.zeros((B, width - 1, C), x.dtype) if state is None else state
+    joined = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    if lengths is None:
+        return joined[:, T:]
+    rows = jnp.reshape(lengths, (-1, 1)) + jnp.arange(width - 1)
+    return jnp.take_along_axis(joined, jnp.broadcast_to(rows, (B, width - 1))[..., None], axis=1)
+
+
 def _weighted(moved: list[jax.Array], kernel: jax.Array) -> jax.Array:
     dtype = _sum_dtype(moved[0], kernel)
     # Broadcast at once to all axes, so that a row's gradient is one sum over batch and time: of

@@ -211,12 +211,16 @@ def performer_attention(
         raise ValueError(
             f"projection: wanted floating [m, H] = [m, {H}], got {list(np.shape(projection))}"
         )
-    root = (H**-0.5 if scale is None else scale) ** 0.5
-    q, k = (
+    q, k = _random_features(q, k, projection, scale)
+    return _normalised(q, k, v, causal, lengths, chunk_size)
+
+
+def _random_features(q: Array, k: Array, projection: Array, scale: float | None):
+    root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    return (
         random_features(_wide(x) * root, projection, is_query=is_query)
         for x, is_query in ((q, True), (k, False))
     )
-    return _normalised(q, k, v, causal, lengths, chunk_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +240,24 @@ class LinearAttention:
         f = FEATURE_MAPS[self.feature_map]
         return kernel_attention(q, k, v, feature_map=f, chunk_size=self.chunk_size, **kwargs)
 
+    def init_cache(self, batch: int, num_kv_heads: int, head_dim: int) -> jax.Array:
+        """The state before any token, [B, K, features, H + 1]."""
+        return jnp.zeros((batch, num_kv_heads, self._num_features(head_dim), head_dim + 1))
+
+    def extend(
+        self, q: Array, k: Array, v: Array, cache: jax.Array, **kwargs: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """New tokens after those of a state: `nn.MultiHeadAttention.attend_cached`."""
+        f = FEATURE_MAPS[self.feature_map]
+        return _extended(f(_wide(q)), f(_wide(k)), v, cache, self.chunk_size, **kwargs)
+
     def cache_size(self, num_kv_heads: int, head_dim: int) -> int:
         """The numbers in the state: the sums of f(k) v and of f(k)."""
+        return num_kv_heads * self._num_features(head_dim) * (head_dim + 1)
+
+    def _num_features(self, head_dim: int) -> int:
         x = jax.ShapeDtypeStruct((head_dim,), jnp.float32)
-        features = jax.eval_shape(FEATURE_MAPS[self.feature_map], x).size
-        return num_kv_heads * features * (head_dim + 1)
+        return jax.eval_shape(FEATURE_MAPS[self.feature_map], x).size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +277,23 @@ class Performer:
     chunk_size: int = 64
 
     def __call__(self, q: Array, k: Array, v: Array, **kwargs: Any) -> jax.Array:
-        projection = _drawn(self.num_features, q.shape[-1], self.seed, self.orthogonal)
         return performer_attention(
-            q, k, v, projection=projection, chunk_size=self.chunk_size, **kwargs
+            q, k, v, projection=self._projection(q), chunk_size=self.chunk_size, **kwargs
         )
+
+    def _projection(self, q: Array) -> np.ndarray:
+        return _drawn(self.num_features, q.shape[-1], self.seed, self.orthogonal)
+
+    def init_cache(self, batch: int, num_kv_heads: int, head_dim: int) -> jax.Array:
+        """The state before any token, [B, K, m, H + 1]."""
+        return jnp.zeros((batch, num_kv_heads, self.num_features, head_dim + 1))
+
+    def extend(
+        self, q: Array, k: Array, v: Array, cache: jax.Array, **kwargs: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """New tokens after those of a state: `nn.MultiHeadAttention.attend_cached`."""
+        features = _random_features(q, k, self._projection(q), kwargs.pop("scale", None))
+        return _extended(*features, v, cache, self.chunk_size, **kwargs)
 
     def cache_size(self, num_kv_heads: int, head_dim: int) -> int:
         """The numbers in the state: the sums of f(k) v and of f(k)."""
@@ -298,18 +328,49 @@ def _checked(q, k, v, *, mask, score, dropout_rate, **kwargs) -> tuple[bool, Any
     return causal, lengths
 
 
+def _extended(
+    q: jax.Array,
+    k: jax.Array,
+    v: Array,
+    state: jax.Array,
+    chunk_size: int,
+    *,
+    positions: Array,
+    lengths: Array | None,
+    score: None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to features from a state on, and the state after these tokens."""
+    del positions
+    if score is not None:
+        raise NotImplementedError("score: linear attention computes no logits to change")
+    out, state = linear_attention(
+        q, k, _with_ones(v), state=state, scale=1.0, lengths=lengths, chunk_size=chunk_size
+    )
+    return _divided(out, v.dtype), state
+
+
+def _with_ones(v: Array) -> jax.Array:
+    """Values with one more column, of ones, whose sum is that of the weights."""
+    ones = jnp.ones((*v.shape[:-1], 1), jnp.promote_types(v.dtype, jnp.float32))
+    return jnp.concatenate([jnp.asarray(v, ones.dtype), ones], axis=-1)
+
+
 def _normalised(
     q: jax.Array, k: jax.Array, v: Array, causal: bool, lengths: Any, chunk_size: int
 ) -> jax.Array:
-    """Linear attention to features, whose weights sum to 1: v has one more column, of ones."""
-    ones = jnp.ones((*v.shape[:-1], 1), jnp.promote_types(v.dtype, jnp.float32))
-    joined = jnp.concatenate([jnp.asarray(v, ones.dtype), ones], axis=-1)
+    """Linear attention to features, whose weights sum to 1."""
+    joined = _with_ones(v)
     if causal:
         out, _ = linear_attention(q, k, joined, scale=1.0, lengths=lengths, chunk_size=chunk_size)
     else:
         out = linear_attention_bidirectional(q, k, joined, scale=1.0, lengths=lengths)
+    return _divided(out, v.dtype)
+
+
+def _divided(out: jax.Array, dtype: Any) -> jax.Array:
+    """Sums [..., h] divided by that of the weights, the last column of `out`."""
     # Divided by its own value first, a small total has no square that vanishes in a derivative.
     own = jax.lax.stop_gradient(out[..., -1:])
     out = out / jnp.where(own > jnp.finfo(own.dtype).tiny, own, 1)
     total = out[..., -1:]
-    return (out[..., :-1] / jnp.where(total == 0, 1, total)).astype(v.dtype)
+    return (out[..., :-1] / jnp.where(total == 0, 1, total)).astype(dtype)

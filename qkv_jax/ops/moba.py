@@ -9,7 +9,8 @@ import numpy as np
 
 from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.block_selection import SCORES, attend_chosen, best_blocks, check
-from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.cache import Cache, among_all, of_these
+from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.rows import by_rows
 from qkv_jax.ops.scores import Score
 
@@ -123,3 +124,22 @@ class MoBA:
         return moba_attention(
             q, k, v, block_size=self.block_size, num_blocks=self.num_blocks, **kwargs
         )
+
+    def extend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Cache,
+        *,
+        positions: Array,
+        lengths: Array | None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Cache]:
+        """New tokens after those of a cache: `nn.MultiHeadAttention.attend_cached`.
+
+        It computes all rows, those of the queries that it was not asked for too.
+        """
+        (k, v), _, cache = cache.attended((k, v), positions, lengths)
+        out = self(among_all(q, positions, k.shape[1]), k, v, mask=Causal(), **kwargs)
+        return of_these(out, positions), cache

@@ -14,6 +14,7 @@ import numpy as np
 
 from qkv_jax.ops.attention import attention, attention_weights, blockwise_pays
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.cache import EMPTY, Cache
 from qkv_jax.ops.mask_algebra import NONE, Mask
 from qkv_jax.ops.masks import And, Causal, SlidingWindow
 from qkv_jax.ops.sparse_masks import (
@@ -112,6 +113,11 @@ class Local(SparseOp):
 
     window: int
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """First and last tokens that a causal model keeps, the present one among them."""
+        return 0, self.window + 1
+
     def mask(self, length, num_heads, causal=False):
         check_integer("window", self.window, least=0)
         return SlidingWindow(self.window, self.window)
@@ -125,6 +131,11 @@ class ChunkedLocal(SparseOp):
     lookback: int = 1
     lookahead: int = 0
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The chunk of the present token, and those that it looks back to."""
+        return 0, (self.lookback + 1) * self.size
+
     def mask(self, length, num_heads, causal=False):
         return chunked_local(self.size, self.lookback, self.lookahead)
 
@@ -136,6 +147,11 @@ class Longformer(SparseOp):
     window: int
     num_global: int = 1
     dilation: int | tuple[int, ...] = 1
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The global tokens, and the last ones."""
+        return self.num_global, int(np.max(self.dilation)) * self.window + 1
 
     def mask(self, length, num_heads, causal=False):
         check_integer("num_global", self.num_global, least=0)
@@ -176,6 +192,23 @@ class BigBird(SparseOp):
             num_random_blocks=self.num_random_blocks, seed=self.seed, causal=causal,
             num_heads=num_heads if self.per_head else None,
         )  # fmt: skip
+
+    def extend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Cache,
+        *,
+        positions: Array,
+        lengths: Array | None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Cache]:
+        """New tokens after those of a cache, which says how many positions there may be."""
+        (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)
+        op = self if self.length is not None else dataclasses.replace(self, length=cache.capacity)
+        out = op(q, k, v, mask=Causal(), q_positions=positions, kv_positions=kv_positions, **kwargs)
+        return out, cache
 
     def cache_length(self, length):
         return length  # any block may be drawn later
@@ -218,6 +251,9 @@ def _num_positions(*axes: tuple[Array, Array | None]) -> int | None:
     for array, positions in axes:
         if isinstance(positions, jax.core.Tracer):
             return None
-        length = array.shape[1] if positions is None else int(np.max(positions, initial=-1)) + 1
+        if positions is None:
+            length = array.shape[1]
+        else:  # an empty slot of a cache is nowhere
+            length = int(np.max(positions, initial=-1, where=np.asarray(positions) < EMPTY)) + 1
         lengths.append(length)
     return max(1, *lengths)

@@ -92,6 +92,11 @@ class Streaming:
     def __call__(self, q: Array, k: Array, v: Array, **kwargs: Any) -> jax.Array:
         return streaming_attention(q, k, v, **dataclasses.asdict(self), **kwargs)
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The first tokens, and the last ones."""
+        return self.num_sinks, self.window + 1
+
     def cache_length(self, length: int) -> int:
         """How many of `length` past keys a later query may still see."""
         return min(length, self.num_sinks + self.window)

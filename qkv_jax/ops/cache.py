@@ -1,0 +1,213 @@
+"""What a decoder keeps of the tokens that it has read: caches of keys and values, as pytrees.
+
+Positions, not places in an array, say who sees whom: a cache knows the position of each of its
+slots, an empty slot is at `EMPTY`, after every query, and so the masks that serve training serve
+decoding too, `attention(q, *cache.arrays, mask=Causal(), q_positions=..., kv_positions=...)`.
+
+    Cache             a slot for each position, or for the last ones and a few first ones
+    QuantizedCache    the same in int8, with a scale for each token and head
+    PagedCache        slots in pages that sequences of different lengths take from one pool
+
+All have one interface: `append`, `attended`, `read`, `positions`, `nbytes`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+EMPTY = 2**30  # differences of positions still fit in int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Arrays with a slot per token; made by `Cache.empty`.
+
+    Args:
+      stored: arrays [B, S, ...], what `read` is made of.
+      positions: of the tokens in the slots, int32 [B, S]; EMPTY where there is none.
+      rolling: whether the last tokens take the slots of the oldest.
+      num_sinks: of a rolling cache: how many first tokens keep their slots.
+      dtype: of what `read` returns.
+    """
+
+    stored: tuple[jax.Array, ...]
+    positions: jax.Array
+    rolling: bool = dataclasses.field(default=False, metadata={"static": True})
+    num_sinks: int = dataclasses.field(default=0, metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        capacity: int,
+        *shapes: Sequence[int],
+        rolling: bool = False,
+        num_sinks: int = 0,
+        dtype: str = "float32",
+    ) -> "Cache":
+        """A cache of nothing.
+
+        Args:
+          batch: B.
+          capacity: S. A full cache holds the positions 0 ... S-1; a rolling one the first
+            `num_sinks` and the last S - num_sinks.
+          shapes: of what one token leaves, for instance (K, H) and (K, h).
+          rolling, num_sinks, dtype: as in the class.
+
+        Raises:
+          ValueError: for a capacity that holds nothing.
+        """
+        if capacity <= num_sinks:
+            raise ValueError(
+                f"capacity: wanted more than num_sinks = {num_sinks} slots, got {capacity}"
+            )
+        arrays = tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes)
+        positions = jnp.full((batch, capacity), EMPTY, jnp.int32)
+        return cls(cls.encode(arrays), positions, rolling, num_sinks, jnp.dtype(dtype).name)
+
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.positions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that what is stored takes, positions not counted."""
+        return sum(x.size * x.dtype.itemsize for x in self.stored)
+
+    def read(self) -> tuple[jax.Array, ...]:
+        """The arrays [B, S, ...], as attention takes them beside `positions`."""
+        return self.decode(self.stored)
+
+    def append(
+        self, arrays: Sequence[jax.Array], positions: jax.Array, lengths: jax.Array | None = None
+    ) -> "Cache":
+        """The cache with more tokens. Positions beyond a full cache are lost: check them before.
+
+        Args:
+          arrays: what the tokens leave, each [B, T, ...].
+          positions: integers that follow one another, [T], or [B, T] where rows differ.
+          lengths: how many of the T tokens of each row are no padding, integers [B]; None: all. In
+            a full cache padding takes the slots that later tokens overwrite, and before that stands
+            after every query.
+        """
+        stored = self.encode(tuple(x.astype(self.dtype) for x in arrays))
+        B, T = stored[0].shape[:2]
+        shared = positions.ndim == 1 and (not self.rolling or (T == 1 and lengths is None))
+        if shared:  # a slice in place, where a scatter would write row by row
+            slot = self.slots(positions)[0]
+            at = jnp.broadcast_to(positions.astype(jnp.int32), (B, T))
+
+            def put(x: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, axis=1)
+        else:
+            at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
+            slots = self._slots_of_kept(at, lengths)
+            rows = jnp.arange(B)[:, None]
+
+            def put(x: jax.Array, new: jax.Array) -> jax.Array:
+                return x.at[rows, slots].set(new.astype(x.dtype), mode="drop")
+
+        stored = tuple(put(x, new) for x, new in zip(self.stored, stored, strict=True))
+        return dataclasses.replace(self, stored=stored, positions=put(self.positions, at))
+
+    def attended(
+        self, arrays: Sequence[jax.Array], positions: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array, "Cache"]:
+        """What the new tokens may attend to, themselves included, and the cache after them.
+
+        Arguments as in `append`.
+
+        Returns:
+          arrays [B, S', ...], their positions int32 [B, S'], and the cache.
+        """
+        after = self.append(arrays, positions, lengths)
+        if not self.rolling or arrays[0].shape[1] == 1:
+            return after.read(), after.positions, after
+        # The last of many tokens have taken the slots of keys that the first of them still see.
+        B, T = arrays[0].shape[:2]
+        both = zip(self.read(), self._rounded(arrays), strict=True)
+        joined = tuple(jnp.concatenate(pair, axis=1) for pair in both)
+        at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
+        return joined, jnp.concatenate([self.positions, at], axis=1), after
+
+    def slots(self, positions: jax.Array) -> jax.Array:
+        """Where tokens are kept, by their positions."""
+        if not self.rolling:
+            return positions
+        first, rest = self.num_sinks, self.capacity - self.num_sinks
+        return jnp.where(positions < first, positions, first + (positions - first) % rest)
+
+    def _slots_of_kept(self, positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        """Slots [B, T]; `capacity`, which is none, for padding and what is rolled over at once."""
+        T = positions.shape[1]
+        kept = jnp.ones(positions.shape, bool)
+        last = positions[:, -1:]
+        if lengths is not None:
+            kept = jnp.arange(T) < jnp.reshape(lengths, (-1, 1))
+            last = positions[:, :1] + jnp.reshape(lengths, (-1, 1)) - 1
+        if self.rolling:
+            recent = positions > last - (self.capacity - self.num_sinks)
+            kept &= recent | (positions < self.num_sinks)
+        return jnp.where(kept, self.slots(positions), self.capacity)
+
+    def _rounded(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """New arrays as the cache would give them back."""
+        return self.decode(self.encode(tuple(x.astype(self.dtype) for x in arrays)))
+
+    @staticmethod
+    def encode(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """What is stored of arrays."""
+        return arrays
+
+    def decode(self, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The arrays of what is stored."""
+        return stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedCache(Cache):
+    """A cache in int8: each vector of a token and head as integers times a scale of its own.
+
+        scale = max |x| / 127,   x ~ scale * round(x / scale)         an error of at most scale / 2
+
+    About a quarter of float32's bytes. Liu et al. 2024, KIVI, arxiv.org/abs/2402.02750, has the
+    keys' scales by channel, which fewer bits need.
+    """
+
+    @staticmethod
+    def encode(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        stored: list[jax.Array] = []
+        for x in arrays:
+            x = x.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+            integers = jnp.round(x / jnp.where(scale > 0, scale, 1))
+            stored += [integers.astype(jnp.int8), scale]
+        return tuple(stored)
+
+    def decode(self, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        pairs = zip(stored[::2], stored[1::2], strict=True)
+        return tuple((x.astype(jnp.float32) * scale).astype(self.dtype) for x, scale in pairs)
+
+
+def among_all(x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
+    """`x` [B, T, ...] at its positions, [T] or [B, T], among zeros: [B, length, ...].
+
+    For ops that want all queries of a sequence.
+    """
+    rows = jnp.arange(x.shape[0])[:, None]
+    whole = jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype)
+    return whole.at[rows, jnp.atleast_2d(positions)].set(x, mode="drop")
+
+
+def of_these(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """The inverse of `among_all`: [B, T, ...] of [B, length, ...]."""
+    return x[jnp.arange(x.shape[0])[:, None], jnp.atleast_2d(positions)]
