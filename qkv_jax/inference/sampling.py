@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> None:
     """Checks the numbers that shape a sampling distribution.
 
     Raises:
@@ -18,11 +23,13 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_k: wanted an integer >= 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: wanted a number in (0, 1] or None, got {top_p}")
+    if min_p is not None and not 0 < min_p <= 1:
+        raise ValueError(f"min_p: wanted a number in (0, 1] or None, got {min_p}")
 
 
 def filter_logits(
     logits: jax.Array, *, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | None = None, min_p: float | None = None,
 ) -> jax.Array:  # fmt: skip
     """The logits of the distribution to sample from: sharpened, and -inf where cut off.
 
@@ -33,11 +40,13 @@ def filter_logits(
         arxiv.org/abs/1805.04833).
       top_p: keep the fewest tokens whose probabilities reach p together (Holtzman et al. 2020,
         arxiv.org/abs/1904.09751), after the temperature and the cut at k.
+      min_p: keep the tokens that are at least p times as probable as the likeliest, after the
+        temperature (Nguyen et al. 2024, arxiv.org/abs/2407.01082).
 
     Returns:
       [..., V].
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -48,9 +57,24 @@ def filter_logits(
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         smallest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if min_p is not None:
+        smallest = jnp.max(logits, axis=-1, keepdims=True) + math.log(min_p)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
+
+
+def penalised(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Logits [..., V], of which those of `seen` tokens, bool [..., V], are made less likely.
+
+    Divided by the penalty where they are positive, multiplied by it where not (Keskar et al. 2019,
+    CTRL, arxiv.org/abs/1909.05858).
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: jax.Array, rng: jax.Array, **filters) -> jax.Array:
     """One token per row, int32 [...], from logits [..., V]; `filters` are `filter_logits`' own."""
+    if filters.get("top_k") == 1:  # nothing is drawn
+        check_sampling(**filters)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.random.categorical(rng, filter_logits(logits, **filters), axis=-1).astype(jnp.int32)

@@ -30,8 +30,11 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, dot_general=flat_dot_general, **kwargs)
 
 
+FEW = 64  # tokens: for fewer, laying kernels side by side takes longer than it saves
+
+
 def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
-    """Applies several linear layers to one input, as one matrix product.
+    """Applies several linear layers to one input, as one matrix product where it has many tokens.
 
     Args:
       x: [..., D].
@@ -40,8 +43,8 @@ def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
     Returns:
       `[layer(x) for layer in layers]`.
     """
-    if len(layers) == 1:
-        return [layers[0](x)]
+    if len(layers) == 1 or x.size // x.shape[-1] <= FEW:
+        return [layer(x) for layer in layers]
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
     x, kernel = layers[0].promote_dtype((x, kernel), dtype=layers[0].dtype)
     y = flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

@@ -12,7 +12,7 @@ All have one interface: `append`, `attended`, `read`, `positions`, `nbytes`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ class Cache:
     """Arrays with a slot per token; made by `Cache.empty`.
 
     Args:
-      stored: arrays [B, S, ...], what `read` is made of.
+      stored: arrays [B, ..., S, H], what `read` is made of: the axes before the last, such as the
+        heads, come first, because products with one query's vectors read them so without a copy.
       positions: of the tokens in the slots, int32 [B, S]; EMPTY where there is none.
       rolling: whether the last tokens take the slots of the oldest.
       num_sinks: of a rolling cache: how many first tokens keep their slots.
@@ -68,9 +69,11 @@ class Cache:
             raise ValueError(
                 f"capacity: wanted more than num_sinks = {num_sinks} slots, got {capacity}"
             )
-        arrays = tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes)
+        arrays = (jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes)
         positions = jnp.full((batch, capacity), EMPTY, jnp.int32)
-        return cls(cls.encode(arrays), positions, rolling, num_sinks, jnp.dtype(dtype).name)
+        return cls(
+            cls.encode(_slots_last(arrays)), positions, rolling, num_sinks, jnp.dtype(dtype).name
+        )
 
     @property
     def capacity(self) -> int:
@@ -84,7 +87,7 @@ class Cache:
 
     def read(self) -> tuple[jax.Array, ...]:
         """The arrays [B, S, ...], as attention takes them beside `positions`."""
-        return self.decode(self.stored)
+        return tuple(jnp.moveaxis(x, -2, 1) for x in self.decode(self.stored))
 
     def append(
         self, arrays: Sequence[jax.Array], positions: jax.Array, lengths: jax.Array | None = None
@@ -98,25 +101,29 @@ class Cache:
             a full cache padding takes the slots that later tokens overwrite, and before that stands
             after every query.
         """
-        stored = self.encode(tuple(x.astype(self.dtype) for x in arrays))
-        B, T = stored[0].shape[:2]
+        B, T = arrays[0].shape[:2]
+        stored = self.encode(_slots_last(x.astype(self.dtype) for x in arrays))
         shared = positions.ndim == 1 and (not self.rolling or (T == 1 and lengths is None))
         if shared:  # a slice in place, where a scatter would write row by row
             slot = self.slots(positions)[0]
             at = jnp.broadcast_to(positions.astype(jnp.int32), (B, T))
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, axis=1)
+                return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, axis=-2)
         else:
             at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
             slots = self._slots_of_kept(at, lengths)
             rows = jnp.arange(B)[:, None]
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return x.at[rows, slots].set(new.astype(x.dtype), mode="drop")
+                new = jnp.moveaxis(new, -2, 1).astype(x.dtype)
+                return jnp.moveaxis(
+                    jnp.moveaxis(x, -2, 1).at[rows, slots].set(new, mode="drop"), 1, -2
+                )
 
         stored = tuple(put(x, new) for x, new in zip(self.stored, stored, strict=True))
-        return dataclasses.replace(self, stored=stored, positions=put(self.positions, at))
+        after = put(self.positions[..., None], at[..., None])[..., 0]
+        return dataclasses.replace(self, stored=stored, positions=after)
 
     def attended(
         self, arrays: Sequence[jax.Array], positions: jax.Array, lengths: jax.Array | None = None
@@ -160,7 +167,8 @@ class Cache:
 
     def _rounded(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """New arrays as the cache would give them back."""
-        return self.decode(self.encode(tuple(x.astype(self.dtype) for x in arrays)))
+        kept = self.decode(self.encode(_slots_last(x.astype(self.dtype) for x in arrays)))
+        return tuple(jnp.moveaxis(x, -2, 1) for x in kept)
 
     @staticmethod
     def encode(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -196,6 +204,11 @@ class QuantizedCache(Cache):
     def decode(self, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         pairs = zip(stored[::2], stored[1::2], strict=True)
         return tuple((x.astype(jnp.float32) * scale).astype(self.dtype) for x, scale in pairs)
+
+
+def _slots_last(arrays: Iterable[jax.Array]) -> tuple[jax.Array, ...]:
+    """[B, S, ..., H] as [B, ..., S, H]."""
+    return tuple(jnp.moveaxis(x, 1, -2) for x in arrays)
 
 
 def among_all(x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
