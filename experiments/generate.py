@@ -5,6 +5,7 @@ python -m experiments.generate --workdir=runs/translate --prompt="two hundred an
 """
 
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from absl import flags
 from experiments import cli, setup
 from experiments.tasks import TextTask, Translation
 from qkv_jax import inference
+from qkv_jax.data import Tokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to sample from")
 PROMPT = flags.DEFINE_string("prompt", "\n", "the text to continue, or to translate")
@@ -21,10 +23,17 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of the promp
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; > 0")
 TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
 TOP_P = flags.DEFINE_float("top_p", None, "keep the likeliest tokens that reach p together")
+MIN_P = flags.DEFINE_float("min_p", None, "keep tokens at least p times as likely as the likeliest")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "more than 1 makes tokens that came before less likely"
+)
+STOP = flags.DEFINE_string("stop", None, "end with this text, one token of the run's tokenizer")
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
 )
-SAMPLING = (NUM_TOKENS, NUM_SAMPLES, TEMPERATURE, TOP_K, TOP_P, SEED)
+SAMPLING = (
+    NUM_TOKENS, NUM_SAMPLES, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, STOP, SEED,
+)  # fmt: skip
 
 
 def main(_) -> None:
@@ -41,22 +50,46 @@ def main(_) -> None:
             )
         if not PROMPT.value:
             raise ValueError("prompt: wanted at least one character, got none")
-        prompt = task.tokenizer.encode(PROMPT.value).astype(np.int32)
-        tokens = inference.generate(
-            trained.graphdef,
-            trained.params,
-            np.tile(prompt, (NUM_SAMPLES.value, 1)),
-            num_tokens=NUM_TOKENS.value,
-            context=trained.settings.data.context,
-            rng=jax.random.key(SEED.value),
-            temperature=TEMPERATURE.value,
-            top_k=TOP_K.value,
-            top_p=TOP_P.value,
-        )
+        prompt = task.tokenizer.encode(PROMPT.value).astype(np.int32)[None]
+        settings = {
+            "num_tokens": NUM_TOKENS.value, "context": trained.settings.data.context,
+            "rng": jax.random.key(SEED.value), "temperature": TEMPERATURE.value,
+            "top_k": TOP_K.value, "top_p": TOP_P.value, "min_p": MIN_P.value,
+            "repetition_penalty": REPETITION_PENALTY.value, "stop": _stop(task.tokenizer),
+        }  # fmt: skip
+        model = trained.graphdef, trained.params
+        if NUM_SAMPLES.value == 1:
+            write(task.tokenizer, inference.stream(*model, prompt, **settings))
+            return
+        tokens = inference.generate(*model, prompt, num_samples=NUM_SAMPLES.value, **settings)
     for i, row in enumerate(np.asarray(tokens)):
         if i:
             print("-" * 80)
-        print(PROMPT.value + task.tokenizer.decode(row))
+        ends = np.flatnonzero(np.isin(row, settings["stop"]))
+        print(PROMPT.value + task.tokenizer.decode(row[: ends[0] + 1] if len(ends) else row))
+
+
+def write(tokenizer: Tokenizer, parts: Iterator[np.ndarray]) -> None:
+    """Prints the prompt and the text of tokens [1, n] as they come."""
+    print(PROMPT.value, end="", flush=True)
+    tokens, printed = np.zeros(0, np.int32), 0
+    for part in parts:
+        tokens = np.concatenate([tokens, part[0]])
+        text = tokenizer.decode(tokens)
+        # The bytes of a character may come in two parts.
+        whole = len(text) if not text.endswith("\ufffd") else max(printed, len(text) - 3)
+        print(text[printed:whole], end="", flush=True)
+        printed = whole
+    print(tokenizer.decode(tokens)[printed:])
+
+
+def _stop(tokenizer: Tokenizer) -> tuple[int, ...]:
+    if STOP.value is None:
+        return ()
+    ids = tokenizer.encode(STOP.value)
+    if len(ids) != 1:
+        raise ValueError(f"stop: wanted a text of one token, got {STOP.value!r}, of {len(ids)}")
+    return (int(ids[0]),)
 
 
 def translation(task: Translation, trained: setup.TrainedRun) -> str:

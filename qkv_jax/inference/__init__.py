@@ -1,7 +1,10 @@
 """Using trained models."""
 
-from qkv_jax.inference.generation import generate
-from qkv_jax.inference.sampling import check_sampling, filter_logits, sample
+from qkv_jax.inference.generation import Sampling, generate, stream
+from qkv_jax.inference.sampling import check_sampling, filter_logits, penalised, sample
 from qkv_jax.inference.translation import translate
 
-__all__ = ["check_sampling", "filter_logits", "generate", "sample", "translate"]
+__all__ = [
+    "Sampling", "check_sampling", "filter_logits", "generate", "penalised", "sample", "stream",
+    "translate",
+]  # fmt: skip

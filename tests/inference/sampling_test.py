@@ -19,7 +19,7 @@ def softmax(x):
     return exps / exps.sum()
 
 
-def brute_force(row, temperature=1.0, top_k=None, top_p=None):
+def brute_force(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The filtered probabilities of one row, by trying every set of tokens."""
     row = row.astype(np.float64) / temperature
     kept = set(range(len(row)))
@@ -32,13 +32,24 @@ def brute_force(row, temperature=1.0, top_k=None, top_p=None):
             if reaching:  # of the smallest sets that reach it, the most probable
                 kept = set(max(reaching, key=lambda s: p[list(s)].sum()))
                 break
+    if min_p is not None:
+        kept = {i for i in kept if softmax(row)[i] >= min_p * softmax(row).max()}
     return softmax(np.where([i in kept for i in range(len(row))], row, -np.inf))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize(
     "cut",
-    [{}, {"top_k": 3}, {"top_k": 20}, {"top_p": 0.6}, {"top_p": 0.95}, {"top_k": 5, "top_p": 0.7}],
+    [
+        {},
+        {"top_k": 3},
+        {"top_k": 20},
+        {"top_p": 0.6},
+        {"top_p": 0.95},
+        {"min_p": 0.1},
+        {"top_k": 5, "top_p": 0.7},
+        {"top_k": 5, "min_p": 0.3},
+    ],
     ids=repr,
 )
 def test_what_is_left_is_what_brute_force_leaves(cut, temperature):
