@@ -22,8 +22,8 @@ def translate(
 ) -> jax.Array:
     """The translations that a model writes when it takes the likeliest token each time (greedily).
 
-    The source is encoded once. Without a cache, each token costs a decoder's pass over all
-    `num_tokens`; the loop stops where every row has its end.
+    The source is encoded once; the loop stops where every row has its end. A model without a cache
+    (`init_cache`, `extend`, `logits`) passes over all `num_tokens` for each token.
 
     Args:
       graphdef, params: a model with `encode(sources, source_lengths=...)` and `decode(target_in,
@@ -60,21 +60,31 @@ def _translate(graphdef, params, sources, source_lengths, begin, end, *, num_tok
     B, T = sources.shape[0], num_tokens
     model = nn.merge(graphdef, params)
     memory = model.encode(sources, source_lengths=source_lengths)
+    cached = hasattr(model, "extend")
+
+    def next_logits(i, written, cache):
+        if cached:
+            x, cache = model.extend(
+                jax.lax.dynamic_slice_in_dim(written, i, 1, axis=1), cache, positions=i[None],
+                source_lengths=source_lengths,
+            )  # fmt: skip
+            return model.logits(x)[:, 0], cache
+        # Causal: what stands in the row after place i cannot be seen.
+        logits = model.decode(written[:, :T], memory, source_lengths=source_lengths)
+        return jnp.take(logits, i, axis=1), cache
 
     def unfinished(carry):
-        i, _, done = carry
+        i, _, done, _ = carry
         return (i < T) & ~done.all()
 
     def body(carry):
-        i, written, done = carry
-        # Causal: what stands in the row after place i cannot be seen.
-        logits = model.decode(written[:, :T], memory, source_lengths=source_lengths)
-        token = jnp.take(logits, i, axis=1).argmax(-1).astype(jnp.int32)
-        token = jnp.where(done, end, token)
-        return i + 1, written.at[:, i + 1].set(token), done | (token == end)
+        i, written, done, cache = carry
+        logits, cache = next_logits(i, written, cache)
+        token = jnp.where(done, end, logits.argmax(-1).astype(jnp.int32))
+        return i + 1, written.at[:, i + 1].set(token), done | (token == end), cache
 
     written = jnp.full((B, T + 1), end, jnp.int32).at[:, 0].set(begin)
-    _, written, _ = jax.lax.while_loop(
-        unfinished, body, (jnp.int32(0), written, jnp.zeros(B, bool))
-    )
+    cache = model.init_cache(memory, T) if cached else ()
+    carry = jnp.int32(0), written, jnp.zeros(B, bool), cache
+    _, written, _, _ = jax.lax.while_loop(unfinished, body, carry)
     return written[:, 1:]
