@@ -4,6 +4,7 @@
         --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
     python -m experiments.benchmark attention
     python -m experiments.benchmark mechanisms
+    python -m experiments.benchmark decode
 
 `train` measures this repository's training on Shakespeare's characters, and beside it nanoGPT's own
 `train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
@@ -11,6 +12,7 @@
 the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
 
 `attention` measures one call of attention beside JAX's own and PyTorch's: `benchmark_attention`.
+`decode` measures tokens one by one beside transformers: `benchmark_decode`.
 `mechanisms` measures how every mixer's time and memory grow with length: `benchmark_mechanisms`.
 """
 
@@ -30,6 +32,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmark_attention import QUICK, benchmark_attention
+from experiments.benchmark_decode import benchmark_decode
 from experiments.benchmark_mechanisms import benchmark_mechanisms
 from experiments.benchmark_table import processor
 from qkv_jax.training.run_directory import versions, write_text_atomic
@@ -300,7 +303,14 @@ def _out(name: str) -> Path:
     return Path(OUT.value or Path(tempfile.gettempdir() if QUICK.value else "results") / name)
 
 
-BENCHMARKS = {"attention": attention, "mechanisms": mechanisms, "train": benchmark_train}
+def decode() -> None:
+    """What `benchmark_decode` writes."""
+    benchmark_decode(_out("benchmark_decode"))
+
+
+BENCHMARKS = {
+    "attention": attention, "decode": decode, "mechanisms": mechanisms, "train": benchmark_train,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:

@@ -294,12 +294,14 @@ def _advance(graphdef, params, state, *, number, equal, sampling, stop):
             token = jnp.where(done, state.text[rows, state.lengths - 1], token)
             done = done | jnp.isin(token, jnp.asarray(stop, jnp.int32))
         positions = state.lengths[:1] if equal else state.lengths[:, None]
-        x, cache = model.extend(token[:, None], state.cache, positions=positions)
+        x, cache = model.extend(
+            token[:, None], unpacked(state.cache, len(rows)), positions=positions
+        )
         after = Decoding(
             text=state.text.at[rows, state.lengths].set(token),
             lengths=state.lengths + 1,
             logits=model.logits(x)[:, 0],
-            cache=cache,
+            cache=packed(cache, len(rows)),
             rngs=state.rngs,
             number=state.number + 1,
             done=done,
@@ -308,11 +310,27 @@ def _advance(graphdef, params, state, *, number, equal, sampling, stop):
         return i + 1, after, out.at[:, i].set(token)
 
     out = jnp.zeros((len(rows), number), jnp.int32)
+    state = dataclasses.replace(state, cache=packed(state.cache, len(rows)))
     i, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
+    state = dataclasses.replace(state, cache=unpacked(state.cache, len(rows)))
     if stop:  # where all rows have ended early
         last = state.text[rows, state.lengths - 1]
         out = jnp.where(jnp.arange(number) < i, out, last[:, None])
     return state, out
+
+
+def packed(cache: Any, batch: int) -> Any:
+    """A cache as a loop on a CPU had better carry it: of one row without the batch's axis.
+
+    XLA takes axes of 1 out of products, and would keep the cache in both shapes, each a copy of the
+    other, in every step.
+    """
+    return jax.tree.map(lambda x: x[0], cache) if batch == 1 else cache
+
+
+def unpacked(cache: Any, batch: int) -> Any:
+    """The inverse of `packed`."""
+    return jax.tree.map(lambda x: x[None], cache) if batch == 1 else cache
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "half", "equal", "kind"))

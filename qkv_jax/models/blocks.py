@@ -277,8 +277,11 @@ def vocabulary_logits(
     if config.scale_logits:
         x = x / math.sqrt(config.width)
     if head is None:
-        kernel = embedding.embedding[...].astype(x.dtype).T
-        logits = nn.linear.flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        table = embedding.embedding[...].astype(x.dtype)
+        if x.size // x.shape[-1] <= nn.linear.FEW:  # no copy of the table, which `.T` may be
+            logits = jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+        else:
+            logits = nn.linear.flat_dot_general(x, table.T, (((x.ndim - 1,), (0,)), ((), ())))
     else:
         logits = head(x)
     logits = logits.astype(jnp.float32)
