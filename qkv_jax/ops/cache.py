@@ -94,26 +94,16 @@ class Cache:
         Args:
           arrays: what the tokens leave, each [B, T, ...].
           positions: integers that follow one another, [T], or [B, T] where rows differ.
-          lengths: how many of the T tokens of each row are no padding, integers [B]; None: all. In
-            a full cache padding takes the slots that later tokens overwrite, and before that stands
-            after every query.
+          lengths: how many of the T tokens of each row are no padding, which is not kept, integers
+            [B]; None: all.
         """
         stored = self.encode(tuple(x.astype(self.dtype) for x in arrays))
-        B, T = stored[0].shape[:2]
-        shared = positions.ndim == 1 and (not self.rolling or (T == 1 and lengths is None))
-        if shared:  # a slice in place, where a scatter would write row by row
-            slot = self.slots(positions)[0]
-            at = jnp.broadcast_to(positions.astype(jnp.int32), (B, T))
+        at = jnp.broadcast_to(positions, stored[0].shape[:2]).astype(jnp.int32)
+        slots = self._slots_of_kept(at, lengths)
+        rows = jnp.arange(len(at))[:, None]
 
-            def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, axis=1)
-        else:
-            at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
-            slots = self._slots_of_kept(at, lengths)
-            rows = jnp.arange(B)[:, None]
-
-            def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return x.at[rows, slots].set(new.astype(x.dtype), mode="drop")
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            return x.at[rows, slots].set(new.astype(x.dtype), mode="drop")
 
         stored = tuple(put(x, new) for x, new in zip(self.stored, stored, strict=True))
         return dataclasses.replace(self, stored=stored, positions=put(self.positions, at))
