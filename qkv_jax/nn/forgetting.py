@@ -94,13 +94,9 @@ class ForgettingAttention(MultiHeadAttention):
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
         cache, sums = cache
-        log_forget = self._log_forget(x)
-        if lengths is not None:  # padding forgets nothing
-            real = jnp.arange(x.shape[1]) < jnp.reshape(lengths, (-1, 1))
-            log_forget = jnp.where(real[..., None], log_forget, 0)
         # Sums only fall, so that the least is the last.
         so_far = jnp.min(sums.read()[0], axis=1, keepdims=True)
-        new = so_far + running_sums(log_forget)
+        new = so_far + running_sums(self._log_forget(x))
         (kv_sums,), _, sums = sums.attended((new,), positions, lengths)
         (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)
         given = () if score is None else score if isinstance(score, tuple) else (score,)
