@@ -178,7 +178,7 @@ class QuantizedCache(Cache):
         stored: list[jax.Array] = []
         for x in arrays:
             x = x.astype(jnp.float32)
-            scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+            scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0) / 127
             integers = jnp.round(x / jnp.where(scale > 0, scale, 1))
             stored += [integers.astype(jnp.int8), scale]
         return tuple(stored)
