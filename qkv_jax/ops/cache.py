@@ -6,13 +6,14 @@ decoding too, `attention(q, *cache.arrays, mask=Causal(), q_positions=..., kv_po
 
     Cache             a slot for each position, or for the last ones and a few first ones
     QuantizedCache    the same in int8, with a scale for each token and head
-    PagedCache        slots in pages that sequences of different lengths take from one pool
+    PagedCache        slots on pages that rows of different lengths take from one pool: `ops.paged`
 
-All have one interface: `append`, `attended`, `read`, `positions`, `nbytes`.
+All have one interface: `append`, `attended`, `read`, `positions`, `capacity`, `nbytes`.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,21 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 EMPTY = 2**30  # differences of positions still fit in int32
+
+
+class CacheKind(Protocol):
+    """What makes caches: `Cache`, `QuantizedCache`, or `paged.Pages` of a size."""
+
+    def empty(
+        self,
+        batch: int,
+        capacity: int,
+        *shapes: Sequence[int],
+        rolling: bool = False,
+        num_sinks: int = 0,
+        dtype: str = "float32",
+    ) -> "Cache":
+        """A cache of nothing; arguments as of `Cache.empty`."""
 
 
 @jax.tree_util.register_dataclass
