@@ -102,6 +102,12 @@ def test_an_exhausted_pool_loses_new_tokens_and_overwrites_none():
         np.testing.assert_array_equal(x[0, 3:6], second[0, :3])
 
 
+def test_of_a_pool_that_is_too_small_from_the_start_each_page_has_one_row():
+    paged = append(empty(num_pages=4), tokens(4), jnp.arange(4))
+    assert paged.free_pages == 0 and sorted(pages_of(paged)) == [0, 1, 2, 3]
+    assert (np.asarray(paged.positions < EMPTY).sum(1) == [4, 4, 0]).all()
+
+
 def test_a_pool_is_as_large_as_its_pages():
     paged = empty(num_pages=4)
     assert (paged.num_pages, paged.page_size, paged.capacity) == (4, 3, CAPACITY)
