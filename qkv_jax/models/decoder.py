@@ -24,7 +24,7 @@ from qkv_jax.models.blocks import (
 )
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import check_mixers
-from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Mask
 
 
@@ -97,13 +97,14 @@ class Decoder(nnx.Module):
         """The first residual stream, [B, T, D]."""
         return add_positions(self.config, self.positions, self.embedding(tokens), positions)
 
-    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> list[Any]:
+    def init_cache(self, batch: int, length: int, *, kind: CacheKind = Cache) -> list[Any]:
         """What `extend` begins with: a cache for each layer.
 
         Args:
           batch: B.
           length: the most tokens that a row may have.
-          kind: of the caches of keys and values: `ops.cache.Cache` or `QuantizedCache`.
+          kind: of the caches of keys and values: `ops.cache.Cache` or `QuantizedCache`, or
+            `ops.paged.Pages`.
 
         Raises:
           ValueError: for more tokens than a learned table of positions has.

@@ -22,7 +22,7 @@ from qkv_jax.models.blocks import (
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.decoder import Decoder, DecoderConfig
 from qkv_jax.models.mixers import HEADS, MIXERS, SETTINGS, check_mixers
-from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Causal, Lengths
 
 
@@ -195,7 +195,7 @@ class EncoderDecoder(nnx.Module):
         return self.decoder.logits(x)
 
     def init_cache(
-        self, memory: jax.Array, length: int, *, kind: type[Cache] = Cache
+        self, memory: jax.Array, length: int, *, kind: CacheKind = Cache
     ) -> tuple[list[Any], list[Any]]:
         """What `extend` begins with: each layer's own cache, and its keys and values of the memory.
 

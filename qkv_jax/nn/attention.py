@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from qkv_jax import ops
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.nn.norms import make_norm
-from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.scores import Score
 
@@ -162,7 +162,7 @@ class MultiHeadAttention(nnx.Module):
         )  # fmt: skip
         return self.out(out.reshape(*x.shape[:2], -1))
 
-    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Any:
+    def init_cache(self, batch: int, length: int, *, kind: CacheKind = Cache) -> Any:
         """What `extend` begins with, before any token.
 
         Args:

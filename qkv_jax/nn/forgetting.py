@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.nn.linear import Linear
 from qkv_jax.ops.attention import attention
-from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.forgetting import forget_score, forgetting_attention, running_sums
 from qkv_jax.ops.masks import Causal
 from qkv_jax.ops.scores import Score
@@ -75,7 +75,7 @@ class ForgettingAttention(MultiHeadAttention):
         gates = self.forget(x)
         return jax.nn.log_sigmoid(gates.astype(jnp.promote_types(gates.dtype, jnp.float32)))
 
-    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Any:
+    def init_cache(self, batch: int, length: int, *, kind: CacheKind = Cache) -> Any:
         """The cache of keys and values, and the running sums of the gates, in float32."""
         sums = Cache.empty(batch, length, (self.num_heads,), dtype="float32")
         return super().init_cache(batch, length, kind=kind), sums
@@ -94,13 +94,9 @@ class ForgettingAttention(MultiHeadAttention):
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
         cache, sums = cache
-        log_forget = self._log_forget(x)
-        if lengths is not None:  # padding forgets nothing
-            real = jnp.arange(x.shape[1]) < jnp.reshape(lengths, (-1, 1))
-            log_forget = jnp.where(real[..., None], log_forget, 0)
         # Sums only fall, so that the least is the last.
         so_far = jnp.min(sums.read()[0], axis=1, keepdims=True)
-        new = so_far + running_sums(log_forget)
+        new = so_far + running_sums(self._log_forget(x))
         (kv_sums,), _, sums = sums.attended((new,), positions, lengths)
         (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)
         given = () if score is None else score if isinstance(score, tuple) else (score,)

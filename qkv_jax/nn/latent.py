@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.linear import Linear, project
 from qkv_jax.ops import positions as rotation
-from qkv_jax.ops.cache import Cache
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
 from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.scores import Score
@@ -184,7 +184,7 @@ class LatentAttention(nnx.Module):
             mask=mask, score=score, positions=positions, kv_positions=kv_positions, rng=rng,
         )  # fmt: skip
 
-    def init_cache(self, batch: int, length: int, *, kind: type[Cache] = Cache) -> Cache:
+    def init_cache(self, batch: int, length: int, *, kind: CacheKind = Cache) -> Cache:
         """What `extend` begins with: latents and rotated keys for so many tokens; see `extend`."""
         dtype = jnp.dtype(self.latent.dtype or self.latent.kernel.dtype).name
         return kind.empty(batch, length, (self.latent_dim,), (self.rotary_dim,), dtype=dtype)

@@ -11,7 +11,7 @@ Queries are `[B, T, N, H]`, keys `[B, S, K, H]`, values `[B, S, K, h]`; what `at
 `[B, T, N, h]`.
 """
 
-from qkv_jax.ops import basic, cache, features, masks, positions, scores, sparse
+from qkv_jax.ops import basic, cache, features, masks, paged, positions, scores, sparse
 from qkv_jax.ops.additive import additive_attention, local_attention
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
@@ -96,6 +96,7 @@ __all__ = [
     "native_sparse_attention",
     "nystrom_attention",
     "off_by_one_attention",
+    "paged",
     "performer_attention",
     "positions",
     "retrieve",

@@ -6,13 +6,14 @@ decoding too, `attention(q, *cache.arrays, mask=Causal(), q_positions=..., kv_po
 
     Cache             a slot for each position, or for the last ones and a few first ones
     QuantizedCache    the same in int8, with a scale for each token and head
-    PagedCache        slots in pages that sequences of different lengths take from one pool
+    PagedCache        slots on pages that rows of different lengths take from one pool: `ops.paged`
 
-All have one interface: `append`, `attended`, `read`, `positions`, `nbytes`.
+All have one interface: `append`, `attended`, `read`, `positions`, `capacity`, `nbytes`.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,21 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 EMPTY = 2**30  # differences of positions still fit in int32
+
+
+class CacheKind(Protocol):
+    """What makes caches: `Cache`, `QuantizedCache`, or `paged.Pages` of a size."""
+
+    def empty(
+        self,
+        batch: int,
+        capacity: int,
+        *shapes: Sequence[int],
+        rolling: bool = False,
+        num_sinks: int = 0,
+        dtype: str = "float32",
+    ) -> "Cache":
+        """A cache of nothing; arguments as of `Cache.empty`."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,11 +85,11 @@ class Cache:
             raise ValueError(
                 f"capacity: wanted more than num_sinks = {num_sinks} slots, got {capacity}"
             )
-        arrays = (jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes)
+        of_tokens = [jax.ShapeDtypeStruct((batch, capacity, *shape), dtype) for shape in shapes]
+        stored = jax.eval_shape(lambda *arrays: cls.encode(_slots_last(arrays)), *of_tokens)
+        stored = tuple(jnp.zeros(x.shape, x.dtype) for x in stored)
         positions = jnp.full((batch, capacity), EMPTY, jnp.int32)
-        return cls(
-            cls.encode(_slots_last(arrays)), positions, rolling, num_sinks, jnp.dtype(dtype).name
-        )
+        return cls(stored, positions, rolling, num_sinks, jnp.dtype(dtype).name)
 
     @property
     def capacity(self) -> int:
@@ -97,29 +113,28 @@ class Cache:
         Args:
           arrays: what the tokens leave, each [B, T, ...].
           positions: integers that follow one another, [T], or [B, T] where rows differ.
-          lengths: how many of the T tokens of each row are no padding, integers [B]; None: all. In
-            a full cache padding takes the slots that later tokens overwrite, and before that stands
-            after every query.
+          lengths: how many of the T tokens of each row are no padding, which is not kept, integers
+            [B]; None: all.
         """
         B, T = arrays[0].shape[:2]
         stored = self.encode(_slots_last(x.astype(self.dtype) for x in arrays))
-        shared = positions.ndim == 1 and (not self.rolling or (T == 1 and lengths is None))
-        if shared:  # a slice in place, where a scatter would write row by row
+        at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
+        if positions.ndim == 1 and T == 1 and lengths is None:
+            # A slice in place, where a scatter would go row by row; a place beyond is none.
             slot = self.slots(positions)[0]
-            at = jnp.broadcast_to(positions.astype(jnp.int32), (B, T))
+            fits = slot < self.capacity
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, axis=-2)
+                old = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=-2)
+                new = jnp.where(fits, new.astype(x.dtype), old)
+                return jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis=-2)
         else:
-            at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
             slots = self._slots_of_kept(at, lengths)
             rows = jnp.arange(B)[:, None]
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                new = jnp.moveaxis(new, -2, 1).astype(x.dtype)
-                return jnp.moveaxis(
-                    jnp.moveaxis(x, -2, 1).at[rows, slots].set(new, mode="drop"), 1, -2
-                )
+                x, new = jnp.moveaxis(x, -2, 1), jnp.moveaxis(new, -2, 1).astype(x.dtype)
+                return jnp.moveaxis(x.at[rows, slots].set(new, mode="drop"), 1, -2)
 
         stored = tuple(put(x, new) for x, new in zip(self.stored, stored, strict=True))
         after = put(self.positions[..., None], at[..., None])[..., 0]
@@ -196,7 +211,7 @@ class QuantizedCache(Cache):
         stored: list[jax.Array] = []
         for x in arrays:
             x = x.astype(jnp.float32)
-            scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+            scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0) / 127
             integers = jnp.round(x / jnp.where(scale > 0, scale, 1))
             stored += [integers.astype(jnp.int8), scale]
         return tuple(stored)
