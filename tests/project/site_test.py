@@ -17,6 +17,8 @@ PAGES = {
     "masks": "qkv_jax.ops.masks",
     "scores": "qkv_jax.ops.scores",
     "positions": "qkv_jax.ops.positions",
+    "cache": "qkv_jax.ops.cache",
+    "paged": "qkv_jax.ops.paged",
     "basic": "qkv_jax.ops.basic",
     "measures": "qkv_jax.models.measures",
     **{
