@@ -21,10 +21,12 @@ from qkv_jax.models.maps import (
     head_importance,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
+from qkv_jax.models.pruning import PRUNABLE, least_important, prune_heads, silence_heads
 from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 
 __all__ = [
     "MIXERS",
+    "PRUNABLE",
     "Classifier",
     "ConvSeq2Seq",
     "ConvSeq2SeqConfig",
@@ -46,7 +48,10 @@ __all__ = [
     "encoder_decoder_maps",
     "head_importance",
     "interpolate_positions",
+    "least_important",
     "logit_lens",
     "measures",
+    "prune_heads",
+    "silence_heads",
     "state_size",
 ]
