@@ -11,6 +11,7 @@ from qkv_jax.models.encoder import (
     SpanClassifier,
 )
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from qkv_jax.models.grouping import group_heads
 from qkv_jax.models.lens import logit_lens
 from qkv_jax.models.maps import (
     alignment_maps,
@@ -46,6 +47,7 @@ __all__ = [
     "attention_inputs",
     "attention_maps",
     "encoder_decoder_maps",
+    "group_heads",
     "head_importance",
     "interpolate_positions",
     "least_important",
