@@ -12,6 +12,7 @@ import optax
 from configs import char_lm
 from experiments.setup import TrainedRun
 from qkv_jax import nn, training
+from qkv_jax.inference import quantize
 from qkv_jax.models import (
     Decoder,
     group_heads,
@@ -32,12 +33,12 @@ class Compressed:
     Args:
       models: by their names in a table, the run's own first.
       about: what was done, in words.
-      state: of the training of the last one, with which a run can go on.
+      state: of the training of the last one, with which a run can go on; None: it is no run.
     """
 
     models: dict[str, Decoder]
     about: str
-    state: training.TrainState
+    state: training.TrainState | None
 
     @property
     def last(self) -> Decoder:
@@ -94,6 +95,30 @@ def grouped(trained: TrainedRun, num_kv_heads: int, num_steps: int, rate: float)
         "more training gains is seen apart."
     )
     return Compressed(models, about, state)
+
+
+def quantized(trained: TrainedRun, group: int) -> Compressed:
+    """Models with matrices of 8 and 4 bits.
+
+    Args:
+      trained: the run.
+      group: how many of a column's numbers share a scale, beside whole columns.
+    """
+    whole = nn.merge(trained.graphdef, trained.params)
+    models = {
+        "float32": whole,
+        "int8, a scale for each column": quantize(whole),
+        f"int8, for {group} numbers": quantize(whole, group=group),
+        "int4, a scale for each column": quantize(whole, "int4"),
+        f"int4, for {group} numbers": quantize(whole, "int4", group=group),
+        "int8, and activations in int8": quantize(whole, activations="int8"),
+    }
+    about = (
+        "Linear layers were quantized by qwix, embeddings and norms not. MB counts four bits as "
+        "half a byte; where JAX does not pack them, in the memory of a CPU, each takes one. A "
+        "quantized model is not saved: a run's config has no field that says so."
+    )
+    return Compressed(models, about, None)
 
 
 def heads_to_prune(
@@ -194,7 +219,7 @@ def save_run(out: Path, trained: TrainedRun, compressed: Compressed) -> RunDirec
     Args:
       out: a new folder.
       trained: the run that it was made of.
-      compressed: the models.
+      compressed: the models, with a state.
     """
     config = read_config(trained.run, char_lm.get_config())
     made = compressed.last.config

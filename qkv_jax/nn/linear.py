@@ -35,13 +35,14 @@ def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
 
     Args:
       x: [..., D].
-      layers: linear layers of D inputs, of one compute dtype, all with a bias or all without.
+      layers: linear layers of D inputs, of one compute dtype, all with a bias or all without; what
+        stands for one, such as a quantized layer, is applied by itself.
 
     Returns:
       `[layer(x) for layer in layers]`.
     """
-    if len(layers) == 1:
-        return [layers[0](x)]
+    if len(layers) == 1 or not all(isinstance(layer, Linear) for layer in layers):
+        return [layer(x) for layer in layers]
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
     x, kernel = layers[0].promote_dtype((x, kernel), dtype=layers[0].dtype)
     y = flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

@@ -125,3 +125,19 @@ def test_a_row_says_what_changed_from_the_first():
         "| whole | 3.250 | 1.5000 |  | 4.482 | 131,072 | 5,343 |",
         "| less | 2.900 | 1.6250 | +0.1250 | 5.078 | 32,768 | 7,413 |",
     ]
+
+
+def test_quantized_models_are_measured_and_not_saved(scripts, finished, tmp_path):
+    out = tmp_path / "out"
+    done = scripts.run(
+        "compress", f"--workdir={finished}", "--what=quantize", "--group=8", f"--out={out}"
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    sizes = {name: row[0] for name, row in rows_of(out).items()}
+    assert list(sizes) == [
+        "float32", "int8, a scale for each column", "int8, for 8 numbers",
+        "int4, a scale for each column", "int4, for 8 numbers", "int8, and activations in int8",
+    ]  # fmt: skip
+    whole, by_column, by_group, small, small_by_group, both = sizes.values()
+    assert small < by_column == both < by_group < whole and small < small_by_group < by_group
+    assert [path.name for path in out.iterdir()] == ["compress.md"]
