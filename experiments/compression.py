@@ -59,7 +59,7 @@ def pruned(trained: TrainedRun, numbers: Sequence[int] | None = None) -> Compres
     orders = heads_to_prune(trained, numbers)
     for number in numbers:
         for way, heads in orders.items():
-            models[f"{number} heads fewer, ranked {way}"] = prune_heads(whole, heads[number])
+            models[f"{number} of {every} gone, ranked {way}"] = prune_heads(whole, heads[number])
     last = models[next(reversed(models))]
     left = [N for N, _ in last.config.heads_per_layer]
     about = (

@@ -44,7 +44,7 @@ def test_a_pruned_model_is_a_smaller_run_with_the_loss_of_its_row(scripts, finis
     assert (out / "compress.md").read_text() in done.stdout
     rows = rows_of(out)
     assert list(rows) == [
-        "all 2 heads", "1 heads fewer, ranked at once", "1 heads fewer, ranked one by one",
+        "all 2 heads", "1 of 2 gone, ranked at once", "1 of 2 gone, ranked one by one",
     ]  # fmt: skip
     whole, *_, last = rows.values()
     # Four projections of 16 x 16 floats lose a half each.

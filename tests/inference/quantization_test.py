@@ -70,7 +70,8 @@ def test_activations_are_rounded_for_each_token():
 
 @pytest.mark.parametrize("changes", [
     {}, {"num_kv_heads": 1, "activation": "swiglu"}, {"mixer": "gated_delta,attention"},
-    {"mixer": "differential"}, {"mixer": "gated_conv,lstm", "head_dim": None}, {"mixer": "talking_heads"},
+    {"mixer": "differential"}, {"mixer": "gated_conv,lstm", "head_dim": None},
+    {"mixer": "talking_heads"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("choices", [{}, {"dtype": "int4", "group": 6}], ids=str)
 def test_a_quantized_model_is_the_one_with_the_matrices_that_its_integers_stand_for(
