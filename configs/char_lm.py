@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     model.num_heads = 4  # N
     model.num_kv_heads = placeholder(int)  # K; None: as many as heads (1: multi-query)
     model.head_dim = placeholder(int)  # H; None: width / num_heads
+    model.heads_per_layer = placeholder(tuple)  # ((N, K), ...) of pruned layers; None: as above
     model.mixer = "attention"  # names in models.MIXERS: "gated_delta,attention" alternates
     # What some mixers read; setting one that no layer of model.mixer reads is an error:
     model.window = 64  # tokens that local attention looks back; contextual positions (cope)

@@ -11,6 +11,7 @@ from qkv_jax.models.encoder import (
     SpanClassifier,
 )
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from qkv_jax.models.grouping import group_heads
 from qkv_jax.models.lens import logit_lens
 from qkv_jax.models.maps import (
     alignment_maps,
@@ -21,10 +22,12 @@ from qkv_jax.models.maps import (
     head_importance,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
+from qkv_jax.models.pruning import PRUNABLE, least_important, prune_heads, silence_heads
 from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 
 __all__ = [
     "MIXERS",
+    "PRUNABLE",
     "Classifier",
     "ConvSeq2Seq",
     "ConvSeq2SeqConfig",
@@ -44,9 +47,13 @@ __all__ = [
     "attention_inputs",
     "attention_maps",
     "encoder_decoder_maps",
+    "group_heads",
     "head_importance",
     "interpolate_positions",
+    "least_important",
     "logit_lens",
     "measures",
+    "prune_heads",
+    "silence_heads",
     "state_size",
 ]

@@ -146,8 +146,8 @@ def make_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List:
     def block(layer: int, name: str) -> nn.TransformerBlock | CrossBlock:
         branches = [
             MIXERS[name].make(
-                config, layer, kernel_init=kernel_init(config), out_init=out_init(config),
-                dtype=config.dtype, rngs=rngs,
+                config.of_layer(layer), layer, kernel_init=kernel_init(config),
+                out_init=out_init(config), dtype=config.dtype, rngs=rngs,
             )
         ]  # fmt: skip
         kind = nn.TransformerBlock

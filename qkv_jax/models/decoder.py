@@ -23,7 +23,7 @@ from qkv_jax.models.blocks import (
     vocabulary_logits,
 )
 from qkv_jax.models.config import TransformerConfig
-from qkv_jax.models.mixers import check_mixers
+from qkv_jax.models.mixers import MIXERS, check_mixers
 from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Mask
 
@@ -36,11 +36,54 @@ class DecoderConfig(TransformerConfig):
       ValueError: naming the field, what came and what was wanted.
     """
 
+    # (N, K) of each layer, of a pruned model; None: num_heads and num_kv_heads in all of them
+    heads_per_layer: tuple[tuple[int, int], ...] | None = None
+
     causal = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mixers(self)
+        if self.heads_per_layer is not None:
+            self._check_heads_per_layer(self.heads_per_layer)
+
+    def of_layer(self, layer: int) -> "DecoderConfig":
+        sizes = (self.num_heads, self.kv_heads)
+        own = sizes if self.heads_per_layer is None else self.heads_per_layer[layer]
+        if own == sizes:
+            return self
+        N, K = own
+        return dataclasses.replace(self, num_heads=N, num_kv_heads=K, heads_per_layer=None)
+
+    def _check_heads_per_layer(self, heads: Any) -> None:
+        def check(right: bool, wanted: str) -> None:
+            if not right:
+                raise ValueError(f"model.heads_per_layer: wanted {wanted}, got {heads!r}")
+
+        pairs = isinstance(heads, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
+            for pair in heads
+        )
+        check(
+            pairs and len(heads) == self.num_layers,
+            f"a pair of integers, (heads, key/value heads), for each of {self.num_layers} layers",
+        )
+        check(
+            all(K >= 1 and N >= K and N % K == 0 for N, K in heads),
+            "key/value heads that divide the heads of their layer",
+        )
+        check(self.head_dim is not None, "model.head_dim to be set beside it")
+        check(
+            self.position not in ("alibi", "relative"),
+            f"positions that know no heads, not model.position = {self.position!r}",
+        )
+        for layer, (name, pair) in enumerate(zip(self.mixers, heads, strict=True)):
+            own = pair == (self.num_heads, self.kv_heads) or "num_kv_heads" in MIXERS[name].reads
+            check(
+                own,
+                f"{(self.num_heads, self.kv_heads)} in layer {layer}, as mixer {name!r} "
+                "has no key/value heads",
+            )
 
 
 class Decoder(nnx.Module):

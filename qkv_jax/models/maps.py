@@ -36,8 +36,10 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
       float32 [L, B, N, T, T].
 
     Raises:
-      NotImplementedError: a layer's mixer has no attention weights.
+      NotImplementedError: a layer's mixer has no attention weights, or layers of a pruned model
+        have different numbers of heads.
     """
+    _check_equal_heads(model, WEIGHTS)
     return jnp.stack(_seen(model, tokens, _weights, WEIGHTS))
 
 
@@ -59,6 +61,7 @@ def attention_inputs(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.
         del op, kwargs
         return qkv
 
+    _check_equal_heads(model, INPUTS)
     seen = _seen(model, tokens, inputs, INPUTS)
     return tuple(map(jnp.stack, zip(*seen, strict=True)))
 
@@ -182,8 +185,9 @@ def head_importance(
     def attend(op: Any, factor: jax.Array, q: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         return op(q, *args, **kwargs) * factor[:, None, :, None].astype(q.dtype)
 
+    _check_equal_heads(stack, HEADS)
     B, layers = tokens.shape[0], len(stack.blocks)
-    factors = jnp.ones((layers, B, stack.config.num_heads))
+    factors = jnp.ones((layers, B, stack.config.of_layer(0).num_heads))
     return jnp.abs(_gradient(model, stack, tokens, loss, attend, factors)).mean(1)
 
 
@@ -274,6 +278,16 @@ def _without_remat(stack: Decoder) -> Iterator[None]:
         yield
     finally:
         stack.config = config
+
+
+def _check_equal_heads(stack: Decoder, missing: tuple[str, str]) -> None:
+    layers = range(stack.config.num_layers)
+    heads = [stack.config.of_layer(layer).num_heads for layer in layers]
+    if len(set(heads)) > 1:
+        who, what = missing
+        raise NotImplementedError(
+            f"{who}: {what} of layers with {', '.join(map(str, heads))} heads are no one array"
+        )
 
 
 def _absent(layer: int, mixer: nnx.Module, missing: tuple[str, str]) -> NotImplementedError:

@@ -38,12 +38,14 @@ def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
 
     Args:
       x: [..., D].
-      layers: linear layers of D inputs, of one compute dtype, all with a bias or all without.
+      layers: linear layers of D inputs, of one compute dtype, all with a bias or all without; what
+        stands for one, such as a quantized layer, is applied by itself.
 
     Returns:
       `[layer(x) for layer in layers]`.
     """
-    if len(layers) == 1 or x.size // x.shape[-1] <= FEW:
+    alike = all(isinstance(layer, Linear) for layer in layers)  # and not quantized
+    if len(layers) == 1 or x.size // x.shape[-1] <= FEW or not alike:
         return [layer(x) for layer in layers]
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
     x, kernel = layers[0].promote_dtype((x, kernel), dtype=layers[0].dtype)

@@ -51,6 +51,7 @@ WRONG_FIELDS = [
     ({"model.head_dim": 7}, ["rotary", "even model.head_dim", "7"]),
     ({"model.width": 17, "model.num_heads": 1, "model.position": "sinusoidal"}, ["width", "even"]),
     ({"model.num_kv_heads": 2, "model.share_qk": True}, ["model.share_qk", "got 2"]),
+    ({"model.heads_per_layer": ((4, 4),)}, ["model.heads_per_layer", "each of 4 layers", "(4, 4)"]),
     ({"model.mixer": "attn"}, ["model.mixer", "'attention'", "got 'attn'"]),
     ({"model.activation": "swish"}, ["model.activation", "'swiglu'", "got 'swish'"]),
     ({"model.norm": "batch"}, ["model.norm", "'rms'", "got 'batch'"]),
