@@ -201,15 +201,8 @@ def block_states(
     """
     first_values = None  # those of the first layer that hands its values down
     for block, rng in zip(blocks, rngs, strict=True):
-        kwargs = dict(shared)
-        if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
-            kwargs["score"] = score
-        if isinstance(block.mixer, nn.ValueResidualAttention):
-            kwargs["first_values"] = first_values
-            if first_values is None:  # the block computes them too, and the compiler shares them
-                seen = x if config.norm_position == "post" else block.mixer_norm(x)
-                first_values = block.mixer.values(seen)
-        apply = functools.partial(block, mask=mask, positions=positions, **kwargs)
+        own, first_values = _own_arguments(config, block, x, score, first_values)
+        apply = functools.partial(block, mask=mask, positions=positions, **shared, **own)
         if config.remat:
             apply = jax.checkpoint(apply)
         x = apply(x, rng=rng)
@@ -241,18 +234,30 @@ def extend_blocks(
     """
     first_values, after = None, []
     own = [{}] * len(blocks) if own is None else own
-    for block, cache, kwargs in zip(blocks, caches, own, strict=True):
-        kwargs = shared | kwargs
-        if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
-            kwargs["score"] = score
-        if isinstance(block.mixer, nn.ValueResidualAttention):
-            kwargs["first_values"] = first_values
-            if first_values is None:
-                seen = x if config.norm_position == "post" else block.mixer_norm(x)
-                first_values = block.mixer.values(seen)
-        x, cache = block.extend(x, cache, **kwargs)
+    for block, cache, given in zip(blocks, caches, own, strict=True):
+        kwargs, first_values = _own_arguments(config, block, x, score, first_values)
+        x, cache = block.extend(x, cache, **shared, **given, **kwargs)
         after.append(cache)
     return x, after
+
+
+def _own_arguments(
+    config: TransformerConfig,
+    block: nn.TransformerBlock | CrossBlock,
+    x: jax.Array,
+    score: tuple[Score, ...] | None,
+    first_values: jax.Array | None,
+) -> tuple[dict[str, Any], jax.Array | None]:
+    """What a block's mixer takes that not all take, and the first layer's values for later ones."""
+    kwargs: dict[str, Any] = {}
+    if score is not None and isinstance(block.mixer, nn.MultiHeadAttention):
+        kwargs["score"] = score
+    if isinstance(block.mixer, nn.ValueResidualAttention):
+        kwargs["first_values"] = first_values
+        if first_values is None:  # the block computes them too, and the compiler shares them
+            seen = x if config.norm_position == "post" else block.mixer_norm(x)
+            first_values = block.mixer.values(seen)
+    return kwargs, first_values
 
 
 def make_head(config: TransformerConfig, rngs: nnx.Rngs) -> nn.Linear | None:

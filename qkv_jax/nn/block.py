@@ -32,6 +32,20 @@ def add_branch(
     return x + (change if out_norm is None else out_norm(change))
 
 
+def extending(
+    mixer: nnx.Module, cache: Any, **kwargs: Any
+) -> tuple[Callable[[jax.Array], jax.Array], list[Any]]:
+    """A mixer's `extend` as a branch, and a list in which its call leaves the cache after it."""
+    kept: list[Any] = []
+
+    def mix(x: jax.Array) -> jax.Array:
+        out, after = mixer.extend(x, cache, **kwargs)
+        kept.append(after)
+        return out
+
+    return mix, kept
+
+
 class TransformerBlock(nnx.Module):
     """Two residual branches, each normed: first "pre", or in the end "post", or "both".
 
@@ -88,13 +102,8 @@ class TransformerBlock(nnx.Module):
 
         `kwargs` (positions, lengths, ...) go to the mixer's `extend`.
         """
-        kept = [cache]
-
-        def mix(x: jax.Array) -> jax.Array:
-            out, kept[0] = self.mixer.extend(x, kept[0], **kwargs)
-            return out
-
-        return self.added(x, mix, self.feed_forward), kept[0]
+        mix, kept = extending(self.mixer, cache, **kwargs)
+        return self.added(x, mix, self.feed_forward), kept.pop()
 
     def added(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qkv_jax.nn.block import TransformerBlock, add_branch, dropout
+from qkv_jax.nn.block import TransformerBlock, add_branch, dropout, extending
 from qkv_jax.ops.masks import Mask
 
 
@@ -90,15 +90,11 @@ class CrossBlock(nnx.Module):
           context_mask: which of it.
           **kwargs: of the mixer's `extend`: positions, lengths, ...
         """
-        kept = [cache]
-
-        def mix(x: jax.Array) -> jax.Array:
-            out, kept[0] = self.mixer.extend(x, kept[0], **kwargs)
-            return out
+        mix, kept = extending(self.mixer, cache, **kwargs)
 
         def read(x: jax.Array) -> jax.Array:
             return self.cross.mixer.attend_context(x, context_cache, mask=context_mask)
 
         position = self.cross.norm_position
         x = add_branch(x, mix, self.mixer_norm, self.mixer_out_norm, position)
-        return self.cross.added(x, read, self.cross.feed_forward), kept[0]
+        return self.cross.added(x, read, self.cross.feed_forward), kept.pop()
