@@ -64,7 +64,13 @@ def test_every_mixer_has_a_family_and_what_claims_to_be_linear_exists():
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
 def test_all_settings_are_stated_and_lengths_double(sizes):
-    as_always = {*HEADS, "attention_scale", "rotary_scaling", "window_blocks"}
+    as_always = {
+        *HEADS,
+        "attention_scale",
+        "local_rotary_base",
+        "rotary_scaling",
+        "window_blocks",
+    }
     assert set(sizes.settings) == set(SETTINGS) - as_always
     assert sizes.start in sizes.lengths
     assert all(b == 2 * a for a, b in zip(sizes.lengths, sizes.lengths[1:], strict=False))

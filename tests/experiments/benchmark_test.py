@@ -65,7 +65,7 @@ def test_the_table_is_written_as_markdown_and_json(tmp_path, monkeypatch, capsys
 
 def test_an_unknown_benchmark_or_a_missing_text_is_one_sentence():
     for arguments, wanted in (
-        (["nothing"], "wanted one of ['attention', 'mechanisms', 'train']"),
+        (["nothing"], "wanted one of ['attention', 'decode', 'mechanisms', 'train']"),
         (["train", "--text=absent.txt"], "absent.txt does not exist"),
     ):
         done = subprocess.run(

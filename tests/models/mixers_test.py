@@ -232,7 +232,7 @@ def test_a_pattern_repeats_over_the_layers():
         ),
         ({"window": 7}, r"model\.window: 7 was set, but no layer .* 'attention' .*sliding_window"),
         (
-            {"mixer": "sliding_window", "attention_scale": 1.0},
+            {"mixer": "topk", "attention_scale": 1.0},
             r"model\.attention_scale: 1\.0 was set, but no layer .*; these do: attention",
         ),
         ({"mixer": "lstm", "share_kv": True}, r"model\.share_kv: True was set, but no layer"),
