@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from qkv_jax import ops
-from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.linear import Linear, compute_dtype, project
 from qkv_jax.nn.norms import make_norm
 from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Causal, Mask
@@ -175,21 +175,12 @@ class MultiHeadAttention(nnx.Module):
             return self.op.init_cache(batch, self.num_kv_heads, self.head_dim)
         num_sinks, window = getattr(self.op, "kept", (0, None))
         rolling = window is not None and num_sinks + window < length
-        shape = (self.num_kv_heads, self.head_dim)
-        return kind.empty(
-            batch, num_sinks + window if rolling else length, *self._cached_shapes(shape),
-            rolling=rolling, num_sinks=num_sinks if rolling else 0, dtype=self.cache_dtype,
-        )  # fmt: skip
-
-    def _cached_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-        """Of what a token leaves: a key and a value."""
-        return shape, shape
-
-    @property
-    def cache_dtype(self) -> str:
-        """That in which keys and values are computed."""
+        shape = (self.num_kv_heads, self.head_dim)  # of a key, and of a value
         layer = next(y for y in (self.value, self.key, self.query) if y is not None)
-        return jnp.dtype(layer.dtype or layer.kernel.dtype).name
+        return kind.empty(
+            batch, num_sinks + window if rolling else length, shape, shape, rolling=rolling,
+            num_sinks=num_sinks if rolling else 0, dtype=compute_dtype(layer),
+        )  # fmt: skip
 
     def extend(
         self,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.linear import Linear, compute_dtype, project
 from qkv_jax.ops import masks
 from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.cache import Cache
@@ -97,7 +97,7 @@ class GatedConvolution(nnx.Module):
     def init_cache(self, batch: int, length: int, **_: Any) -> jax.Array:
         """What `extend` begins with: the last W - 1 inputs, [B, W-1, D]."""
         del length
-        dtype = self.value.dtype or self.value.kernel.dtype
+        dtype = compute_dtype(self.value)
         return jnp.zeros((batch, self.conv_width - 1, self.width), dtype)
 
     def extend(
@@ -224,7 +224,7 @@ class LongConvolution(nnx.Module):
 
     def init_cache(self, batch: int, length: int, **_: Any) -> tuple[jax.Array, Cache]:
         """What `extend` begins with: the short filter's last inputs, and all of the long one's."""
-        dtype = jnp.dtype(self.value.dtype or self.value.kernel.dtype).name
+        dtype = compute_dtype(self.value)
         tail = jnp.zeros((batch, self.short_width - 1, 3 * self.width), dtype)
         return tail, Cache.empty(batch, length, (self.width,), dtype=dtype)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.linear import Linear, compute_dtype, project
 from qkv_jax.ops import positions as rotation
 from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
@@ -186,7 +186,7 @@ class LatentAttention(nnx.Module):
 
     def init_cache(self, batch: int, length: int, *, kind: CacheKind = Cache) -> Cache:
         """What `extend` begins with: latents and rotated keys for so many tokens; see `extend`."""
-        dtype = jnp.dtype(self.latent.dtype or self.latent.kernel.dtype).name
+        dtype = compute_dtype(self.latent)
         return kind.empty(batch, length, (self.latent_dim,), (self.rotary_dim,), dtype=dtype)
 
     def extend(

@@ -30,6 +30,11 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, dot_general=flat_dot_general, **kwargs)
 
 
+def compute_dtype(layer: Linear) -> str:
+    """The name of the dtype that a layer computes in, for input that is no wider."""
+    return jnp.dtype(layer.dtype or layer.kernel.dtype).name
+
+
 FEW = 64  # tokens: for fewer, laying kernels side by side takes longer than it saves
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from qkv_jax import ops
-from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.linear import Linear, compute_dtype, project
 from qkv_jax.ops import masks
 from qkv_jax.ops.arguments import check_positive
 from qkv_jax.ops.convolution import causal_convolution, last_inputs
@@ -125,7 +125,7 @@ class LinearRecurrence(nnx.Module, abc.ABC):
         tail = None
         if self.kernel is not None:
             W, C = self.kernel.shape
-            tail = jnp.zeros((batch, W - 1, C), self.query.dtype or self.query.kernel.dtype)
+            tail = jnp.zeros((batch, W - 1, C), compute_dtype(self.query))
         return tail, jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
 
     def extend(
