@@ -4,7 +4,7 @@
         --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
     python -m experiments.benchmark attention
     python -m experiments.benchmark mechanisms
-    python -m experiments.benchmark decode
+    python -m experiments.benchmark decode --nanogpt=../nanoGPT
 
 `train` measures this repository's training on Shakespeare's characters, and beside it nanoGPT's own
 `train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
@@ -12,7 +12,7 @@
 the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
 
 `attention` measures one call of attention beside JAX's own and PyTorch's: `benchmark_attention`.
-`decode` measures tokens one by one beside transformers: `benchmark_decode`.
+`decode` measures tokens one by one beside transformers and nanoGPT: `benchmark_decode`.
 `mechanisms` measures how every mixer's time and memory grow with length: `benchmark_mechanisms`.
 """
 
@@ -20,7 +20,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments import benchmark_nanogpt as nanogpt
 from experiments import cli
 from experiments.benchmark_attention import QUICK, benchmark_attention
 from experiments.benchmark_decode import benchmark_decode
@@ -39,8 +39,6 @@ from qkv_jax.training.run_directory import versions, write_text_atomic
 from qkv_jax.training.writers import read_metrics
 
 TEXT = flags.DEFINE_string("text", "data/tinyshakespeare.txt", "Shakespeare's characters")
-NANOGPT = flags.DEFINE_string("nanogpt", None, "a checkout of karpathy/nanoGPT to run beside")
-NANOGPT_PYTHON = flags.DEFINE_string("nanogpt_python", sys.executable, "a Python with PyTorch")
 REPEATS = flags.DEFINE_integer("repeats", 3, "alternations of the timed runs", lower_bound=1)
 TIMED_STEPS = flags.DEFINE_integer("timed_steps", 300, "steps of a timed run", lower_bound=50)
 OUT = flags.DEFINE_string("out", None, "the table, .md and .json; by default in results/")
@@ -48,27 +46,6 @@ OUT = flags.DEFINE_string("out", None, "the table, .md and .json; by default in 
 ROOT = Path(__file__).resolve().parents[1]
 # nats and seconds: what nanoGPT's CPU setting reached on 2 cores when it was measured first
 TARGET, SECONDS = 1.874, 62.0
-NANOGPT_SETTING = [
-    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
-    "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
-    "--lr_decay_iters=2000", "--dropout=0.0", "--log_interval=1",
-]  # fmt: skip
-# Runs with nanoGPT's own model.py, in its Python: the loss over the whole validation text.
-NANOGPT_FULL_LOSS = """
-import numpy as np, torch
-from model import GPT, GPTConfig
-saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=False)
-model = GPT(GPTConfig(**saved["model_args"]))
-model.load_state_dict(saved["model"])
-model.eval()
-tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", np.uint16).astype(np.int64))
-total, T = 0.0, saved["model_args"]["block_size"]
-with torch.no_grad():
-    for i in range(0, len(tokens) - 1, T):
-        y = tokens[i + 1 : i + T + 1][None]
-        total += model(tokens[i : i + y.shape[1]][None], y)[1].item() * y.shape[1]
-print("full", total / (len(tokens) - 1))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,47 +104,15 @@ def train(config: str, workdir: Path, *overrides: str) -> Run:
     )
 
 
-def train_nanogpt(checkout: Path, steps: int) -> tuple[str, float]:
-    """Runs nanoGPT's `train.py`; returns what it printed and its seconds."""
-    command = [NANOGPT_PYTHON.value, "train.py", *NANOGPT_SETTING, f"--max_iters={steps}"]
-    print("$", " ".join(command[1:]), flush=True)
-    started = time.perf_counter()
-    output = _nanogpt(checkout, command)
-    return output, time.perf_counter() - started
-
-
-def nanogpt_ms_per_step(output: str) -> float:
-    """The median time of an iteration without an evaluation; the first ten warm up."""
-    times = re.findall(r"^iter (\d+): .* time ([\d.]+)ms", output, re.M)
-    return statistics.median(float(ms) for i, ms in times if int(i) > 10 and int(i) % 250)
-
-
-def prepare_nanogpt(folder: Path) -> Path:
-    """A copy of the checkout with the text in its own binary form."""
-    checkout = folder / "nanogpt"
-    shutil.copytree(NANOGPT.value, checkout, ignore=shutil.ignore_patterns(".git", "out*"))
-    shutil.copyfile(TEXT.value, checkout / "data/shakespeare_char/input.txt")
-    _nanogpt(checkout, [NANOGPT_PYTHON.value, "data/shakespeare_char/prepare.py"])
-    return checkout
-
-
-def _nanogpt(checkout: Path, command: list[str]) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        cli.fail(f"nanoGPT's {command[1]} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
-
-
 def benchmark_train() -> None:
     """Fills the table of training, row by row."""
-    for path in filter(None, (TEXT.value, NANOGPT.value)):
+    for path in filter(None, (TEXT.value, nanogpt.NANOGPT.value)):
         if not Path(path).exists():
             cli.fail(f"{path} does not exist; see --help")
     rows: list[tuple[str, str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        peer = prepare_nanogpt(folder) if NANOGPT.value else None
+        peer = nanogpt.prepare(folder, Path(TEXT.value)) if nanogpt.NANOGPT.value else None
         rows += step_times(folder, peer)
         rows += same_setting(folder, peer)
         rows += fast_recipe(folder)
@@ -185,7 +130,7 @@ def step_times(folder: Path, peer: Path | None) -> list[tuple[str, str, str]]:
         )  # fmt: skip
         ours.append(run.ms_per_step)
         if peer:
-            theirs.append(nanogpt_ms_per_step(train_nanogpt(peer, TIMED_STEPS.value)[0]))
+            theirs.append(nanogpt.ms_per_step(nanogpt.train(peer, TIMED_STEPS.value)[0]))
     shown = _spread(theirs) if peer else "-"
     if peer:
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -197,10 +142,9 @@ def same_setting(folder: Path, peer: Path | None) -> list[tuple[str, str, str]]:
     """2,000 steps of nanoGPT's CPU setting: the estimate both make, and the whole text."""
     theirs = their_full = their_seconds = "-"
     if peer:
-        output, seconds = train_nanogpt(peer, 2000)
+        output, seconds = nanogpt.train(peer, 2000)
         theirs = re.findall(r"step 2000: .* val loss ([\d.]+)", output)[0]
-        full = _nanogpt(peer, [NANOGPT_PYTHON.value, "-c", NANOGPT_FULL_LOSS])
-        their_full = f"{float(full.split()[-1]):.4f}"
+        their_full = f"{nanogpt.full_loss(peer):.4f}"
         their_seconds = f"{seconds:.0f}"
     run = train("shakespeare_char_cpu", folder / "same")
     return [

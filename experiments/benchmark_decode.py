@@ -1,11 +1,12 @@
-"""`python -m experiments.benchmark decode`: tokens one by one, beside transformers.
+"""`python -m experiments.benchmark decode`: tokens one by one, beside transformers and nanoGPT.
 
     --rounds=3                  how often each side is timed, in turn with the others
     --quick                     small sizes, to see whether it works
+    --nanogpt=../nanoGPT        a checkout of karpathy/nanoGPT
 
 GPT-2 of 124 million parameters, drawn at random by transformers and read by `interop.load`: the
 likeliest tokens of both sides are compared before they are timed. Without transformers ours is
-timed alone.
+timed alone, and so without the checkout of nanoGPT, whose parameters are read likewise.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import benchmark_nanogpt as nanogpt
 from experiments.benchmark_attention import QUICK, ROUNDS
 from experiments.benchmark_cases import Bench
 from experiments.benchmark_sides import ABSENT, Side
@@ -168,6 +170,41 @@ def prefill(bench: Bench, ours: interop.Checkpoint, theirs: object | None) -> It
     yield bench.row(f"{length:,} tokens", sides, [ratio])
 
 
+def shakespeare(bench: Bench, ours: interop.Checkpoint, theirs: object | None) -> Iterator[Row]:
+    del ours, theirs
+    number, new = (2, 100) if QUICK.value else (10, 500)
+    prompt = np.zeros((number, 1), np.int32)
+    sides: dict[str, Side | str] = {"nanoGPT": "not named"}
+    if nanogpt.NANOGPT.value is None:
+        config = DecoderConfig(
+            vocab_size=65, context=64, num_layers=4, width=128, num_heads=4, activation="gelu"
+        )
+        model = interop.of_model("gpt2", Decoder(config, rngs=nnx.Rngs(0)))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            peer, model = nanogpt.small_model(Path(folder))
+        likeliest = nanogpt.sampler(peer, prompt[:1], max_new_tokens=63, top_k=1)()
+        found = our_samples(model, prompt[:1], 63, top_k=1).answer()[0]
+        if not np.array_equal(likeliest, found):
+            raise ValueError("the likeliest tokens of ours and of nanoGPT differ")
+        run = nanogpt.sampler(peer, prompt, max_new_tokens=new, temperature=0.8, top_k=200)
+        sides["nanoGPT"] = Side(run, lambda found: [found])
+    sides["ours"] = our_samples(model, prompt, new, temperature=0.8, top_k=65)
+    yield bench.row(f"{number} x {new} tokens", sides, [Ratio("nanoGPT", "ours", 10)])
+
+
+def our_samples(model: interop.Checkpoint, prompt: np.ndarray, new: int, **sampling: float) -> Side:
+    def run() -> jax.Array:
+        return jax.block_until_ready(
+            inference.generate(
+                model.graphdef, model.params, prompt, num_tokens=new, context=64,
+                rng=jax.random.key(0), **sampling,
+            )
+        )  # fmt: skip
+
+    return Side(run, lambda found: [np.asarray(found)])
+
+
 def length(bench: Bench, ours: interop.Checkpoint, theirs: object | None) -> Iterator[Row]:
     del ours, theirs
     short, long, steps = (64, 256, 8) if QUICK.value else (1024, 16_384, 64)
@@ -230,6 +267,14 @@ CASES: dict[str, tuple[str, str, Callable[..., Iterator[Row]]]] = {
         "Reading a prompt",
         "The same model, batch 1: all caches, and the last token's logits.",
         prefill,
+    ),
+    "shakespeare": (
+        "Texts of Shakespeare's characters",
+        "nanoGPT's small model (4 layers, width 128, 64 tokens of context) and its `sample.py`: "
+        "one text after another, the last 64 tokens read anew for each token, temperature 0.8, "
+        "all 65 characters in the draw. Ours draws the texts together, from a cache that is "
+        "refilled from its last half. At random parameters.",
+        shakespeare,
     ),
     "length": (
         "A token after a long text",

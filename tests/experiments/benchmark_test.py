@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from experiments import benchmark
-from experiments.benchmark import Run, nanogpt_ms_per_step
+from experiments.benchmark import Run
+from experiments.benchmark_nanogpt import ms_per_step
 
 
 def _run(rows=(), output=""):
@@ -35,7 +36,7 @@ def test_the_full_loss_is_read_from_the_printed_report():
 def test_nanogpts_time_leaves_out_warm_up_and_evaluations():
     lines = [f"iter {i}: loss 2.0, time {30 + i % 3}.00ms, mfu 0.04%" for i in range(11, 20)]
     slow = ["iter 0: loss 4.2, time 4147.80ms, mfu -100.00%", "iter 250: loss 2, time 363.21ms,"]
-    assert nanogpt_ms_per_step("\n".join(slow[:1] + lines + slow[1:])) == 31.0
+    assert ms_per_step("\n".join(slow[:1] + lines + slow[1:])) == 31.0
 
 
 def test_the_time_to_the_target_is_that_of_the_first_evaluation_below_it():
