@@ -125,9 +125,13 @@ class Cache:
             fits = slot < self.capacity
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                old = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=-2)
-                new = jnp.where(fits, new.astype(x.dtype), old)
-                return jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis=-2)
+                # On three axes: XLA takes an axis of 1 out of some of these, not of all, and an
+                # array that is read in one shape and written in another is copied first.
+                flat = x.reshape(-1, *x.shape[-2:])
+                new = new.astype(x.dtype).reshape(-1, 1, x.shape[-1])
+                old = jax.lax.dynamic_slice_in_dim(flat, slot, 1, axis=1)
+                new = jnp.where(fits, new, old)
+                return jax.lax.dynamic_update_slice_in_dim(flat, new, slot, axis=1).reshape(x.shape)
         else:
             slots = self._slots_of_kept(at, lengths)
             rows = jnp.arange(B)[:, None]
