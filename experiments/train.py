@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from configs import char_lm
 from experiments import cli, report, setup
 from qkv_jax import nn, training
 from qkv_jax.training.packing import leaf_names
@@ -37,7 +38,8 @@ def main(_) -> None:
         cli.use_cpu_devices(settings.train.cpu_devices)
         task = settings.task(settings)
         graphdef, params = setup.make_model(settings, task.vocab_size)
-        run = open_run(WORKDIR.value or f"runs/{settings.name}", CONFIG.value)
+        workdir = WORKDIR.value or f"runs/{settings.name}"
+        run = open_run(workdir, CONFIG.value, char_lm.get_config())
         task.keep(run)
     print(task.source)
     print(f"run:  {run.path}")

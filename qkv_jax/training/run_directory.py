@@ -92,12 +92,16 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
 
-def open_run(workdir: str | Path, config: ConfigDict) -> RunDirectory:
+def open_run(
+    workdir: str | Path, config: ConfigDict, base: ConfigDict | None = None
+) -> RunDirectory:
     """Creates the run's directory, or checks that the one there belongs to `config`.
 
     Args:
       workdir: the directory; created if absent.
       config: the resolved config; written to `config.json`, beside `versions.json`.
+      base: as for `config_from_json`: the fields that an older run lacks. None: such a run
+        is another config's.
 
     Raises:
       ValueError: the directory holds another config's run (every differing field is named with both
@@ -109,7 +113,7 @@ def open_run(workdir: str | Path, config: ConfigDict) -> RunDirectory:
         run.path.mkdir(parents=True, exist_ok=True)
         others = [entry.name for entry in run.path.iterdir() if entry.suffix != ".tmp"]
         if run.config.name in others:
-            _check_same_run(run, text)
+            _check_same_run(run, text, base)
         elif others:
             raise ValueError(
                 f"workdir {run.path} is not a run's directory: it holds {min(others)} and no"
@@ -154,16 +158,21 @@ def config_from_json(text: str, base: ConfigDict) -> ConfigDict:
 
     Args:
       text: what `config_to_json` returned.
-      base: a config with the same fields, such as that of `configs/char_lm.py`; unchanged.
+      base: a config with the same fields, such as that of `configs/char_lm.py`; unchanged. A field
+        that the text lacks has its value: the text is of a run from before there was the field, and
+        a new field's value in the base is what was done without it.
 
     Returns:
       A locked config.
 
     Raises:
-      ValueError: the text is not such JSON, or a field is unknown, missing or of another type.
+      ValueError: the text is not such JSON, or a field is unknown, of another type, or the name
+        is missing.
     """
-    config = base.copy_and_resolve_references()
-    _apply(config, _parse(text), base, prefix="config")
+    config, values = base.copy_and_resolve_references(), _parse(text)
+    if "name" not in values:
+        raise ValueError("the field config.name is missing, which every run has")
+    _apply(config, values, base, prefix="config")
     return config.lock()
 
 
@@ -246,9 +255,10 @@ def _write_versions(run: RunDirectory) -> None:
     write_text_atomic(run.versions, json.dumps(now, indent=2) + "\n")
 
 
-def _check_same_run(run: RunDirectory, text: str) -> None:
+def _check_same_run(run: RunDirectory, text: str, base: ConfigDict | None) -> None:
     try:
-        before = dict(flat_fields(_parse(_read_text(run.config))))
+        values = _parse(_read_text(run.config))
+        before = dict(flat_fields(base.to_dict() if base else {})) | dict(flat_fields(values))
     except ValueError as error:
         raise ValueError(f"{run.config}: {error}") from error
     now = dict(flat_fields(json.loads(text)))
@@ -289,9 +299,7 @@ def _apply(config: ConfigDict, values: dict[str, Any], base: ConfigDict, prefix:
     """Sets every field of `config` to the value of the same name, as the type it has in `base`."""
     if unknown := sorted(values.keys() - set(base.keys())):
         raise ValueError(f"there is no field {prefix}.{unknown[0]}")
-    if missing := sorted(set(base.keys()) - values.keys()):
-        raise ValueError(f"the field {prefix}.{missing[0]} is missing")
-    for name in base:
+    for name in base.keys() & values.keys():
         value, where = values[name], f"{prefix}.{name}"
         if isinstance(base[name], ConfigDict):
             if not isinstance(value, dict):

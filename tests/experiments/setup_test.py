@@ -288,4 +288,4 @@ def test_a_directory_without_a_run_or_a_checkpoint_is_named(capsys, corpus, tmp_
     run.tokenizer.write_text(json.dumps({"tokenizer": "char"}))
     assert "tokenizer.json" in sentence(capsys, lambda: setup.load_run(str(run.path)))
     run.config.write_text("{}")
-    assert "config.data is missing" in sentence(capsys, lambda: setup.load_run(str(run.path)))
+    assert "config.name is missing" in sentence(capsys, lambda: setup.load_run(str(run.path)))

@@ -215,10 +215,24 @@ def test_a_field_of_another_type_or_name_is_refused(name, value, message):
         config_from_json(json.dumps(values), char_lm.get_config())
 
 
-def test_a_missing_field_and_an_infinite_one_are_refused():
+def test_a_run_from_before_a_field_was_there_has_the_value_of_the_base(tmp_path):
+    config = make_config()
+    run = open_run(tmp_path / "run", config)
+    older = json.loads(run.config.read_text())
+    del older["model"]["window"], older["seed"]
+    run.config.write_text(json.dumps(older))
+    assert read_config(run, char_lm.get_config()).to_dict() == config.to_dict()
+    open_run(run.path, config, char_lm.get_config())
+    assert json.loads(run.config.read_text()) == json.loads(config_to_json(config))
+
+    run.config.write_text(json.dumps(older))
+    other = make_config(**{"model.window": 7})
+    with pytest.raises(ValueError, match=r"config\.model\.window: 64 there, 7 now"):
+        open_run(run.path, other, char_lm.get_config())
+
+
+def test_an_infinite_field_is_refused():
     text = config_to_json(make_config())
-    with pytest.raises(ValueError, match=r"the field config\.seed is missing"):
-        config_from_json(text.replace('  "seed": 0,\n', ""), char_lm.get_config())
     for value in ("1e999", "NaN", "-Infinity"):
         with pytest.raises(ValueError, match=r"config.optimizer.b1 must be finite"):
             config_from_json(text.replace('"b1": 0.9', f'"b1": {value}'), char_lm.get_config())
