@@ -27,9 +27,9 @@ from experiments.benchmark_cases import Bench
 from experiments.benchmark_sides import ABSENT, Side
 from experiments.benchmark_table import Ratio, Row, Section, figure, made_with, summary
 from qkv_jax import inference, interop, nn
-from qkv_jax.inference.generation import packed, unpacked
+from qkv_jax.inference.decoding import packed, unpacked
 from qkv_jax.models import Decoder, DecoderConfig
-from qkv_jax.ops.cache import Cache, QuantizedCache
+from qkv_jax.ops.cache import Cache, CacheKind, QuantizedCache
 from qkv_jax.training.run_directory import write_text_atomic
 
 PROMPT, NEW = 64, 128  # tokens
@@ -114,7 +114,7 @@ def read_speed() -> float:
     return x.nbytes / 1e9 / min(seconds)
 
 
-def our_text(ours: interop.Checkpoint, prompt: np.ndarray, kind: type[Cache]) -> Side:
+def our_text(ours: interop.Checkpoint, prompt: np.ndarray, kind: CacheKind) -> Side:
     def run() -> jax.Array:
         return jax.block_until_ready(
             inference.generate(

@@ -1,11 +1,16 @@
 """Text from a trained run of a causal model, or the translation of a sentence.
 
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
+python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --beams=5
 python -m experiments.generate --workdir=runs/translate --prompt="two hundred and thirty-four"
+
+A text is drawn. A translation takes the likeliest token each time, unless a flag about draws or
+beams is set.
 """
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +24,15 @@ from qkv_jax.data import Tokenizer
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run to sample from")
 PROMPT = flags.DEFINE_string("prompt", "\n", "the text to continue, or to translate")
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 400, "tokens to add", lower_bound=1)
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of the prompt", lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "continuations or translations of the prompt", lower_bound=1
+)
+BEAMS = flags.DEFINE_integer(
+    "beams", 1, "more than 1: search with so many beams, and draw nothing", lower_bound=1
+)
+LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "of beams: more prefers longer texts, 0 compares sums"
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; > 0")
 TOP_K = flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
 TOP_P = flags.DEFINE_float("top_p", None, "keep the likeliest tokens that reach p together")
@@ -31,9 +44,7 @@ STOP = flags.DEFINE_string("stop", None, "end with this text, one token of the r
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
 )
-SAMPLING = (
-    NUM_TOKENS, NUM_SAMPLES, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, STOP, SEED,
-)  # fmt: skip
+DRAWING = TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED
 
 
 def main(_) -> None:
@@ -41,32 +52,84 @@ def main(_) -> None:
         trained = setup.load_run(WORKDIR.value)
         task = trained.task
         if isinstance(task, Translation):
-            print(translation(task, trained))
-            return
-        if not (isinstance(task, TextTask) and task.continues_text):
+            texts = translations(task, trained)
+        elif isinstance(task, TextTask) and task.continues_text:
+            texts = continuations(task, trained)
+        else:
             raise ValueError(
                 f"workdir: {WORKDIR.value} holds a model that predicts {task.unit}s and cannot "
                 "continue a text; its report.md shows what it can do"
             )
-        if not PROMPT.value:
-            raise ValueError("prompt: wanted at least one character, got none")
-        prompt = task.tokenizer.encode(PROMPT.value).astype(np.int32)[None]
-        settings = {
-            "num_tokens": NUM_TOKENS.value, "context": trained.settings.data.context,
-            "rng": jax.random.key(SEED.value), "temperature": TEMPERATURE.value,
-            "top_k": TOP_K.value, "top_p": TOP_P.value, "min_p": MIN_P.value,
-            "repetition_penalty": REPETITION_PENALTY.value, "stop": _stop(task.tokenizer),
-        }  # fmt: skip
-        model = trained.graphdef, trained.params
-        if NUM_SAMPLES.value == 1:
-            write(task.tokenizer, inference.stream(*model, prompt, **settings))
-            return
-        tokens = inference.generate(*model, prompt, num_samples=NUM_SAMPLES.value, **settings)
-    for i, row in enumerate(np.asarray(tokens)):
+    for i, text in enumerate(texts):
         if i:
             print("-" * 80)
-        ends = np.flatnonzero(np.isin(row, settings["stop"]))
-        print(PROMPT.value + task.tokenizer.decode(row[: ends[0] + 1] if len(ends) else row))
+        print(text)
+
+
+def continuations(task: TextTask, trained: setup.TrainedRun) -> list[str]:
+    """The prompt and what the model adds; a single draw is printed as it comes, and not returned.
+
+    Raises:
+      ValueError: flags that do not go together, or a prompt that cannot be read.
+    """
+    if not PROMPT.value:
+        raise ValueError("prompt: wanted at least one character, got none")
+    prompt = task.tokenizer.encode(PROMPT.value).astype(np.int32)[None]
+    stop = _stop(task.tokenizer)
+    model = trained.graphdef, trained.params
+    settings = {
+        "num_tokens": NUM_TOKENS.value, "context": trained.settings.data.context, "stop": stop,
+        **choice(draws=True),
+    }  # fmt: skip
+    number = settings.pop("num_samples")
+    if "beams" in settings:
+        tokens = inference.beam_search(*model, prompt, num_results=number, **settings).tokens[0]
+    elif number > 1:
+        tokens = inference.generate(*model, prompt, num_samples=number, **settings)
+    else:
+        write(task.tokenizer, inference.stream(*model, prompt, **settings))
+        return []
+    texts = []
+    for row in np.asarray(tokens):
+        ends = np.flatnonzero(np.isin(row, stop))
+        row = row[: ends[0] + 1] if len(ends) else row
+        texts.append(PROMPT.value + task.tokenizer.decode(row))
+    return texts
+
+
+def translations(task: Translation, trained: setup.TrainedRun) -> list[str]:
+    """The prompt's translations.
+
+    Raises:
+      ValueError: flags that do not go together, or a prompt that cannot be translated.
+    """
+    for flag in (NUM_TOKENS, STOP):
+        if flag.present:
+            raise ValueError(f"{flag.name}: was set, but a translation ends by itself")
+    draws = any(flag.present for flag in (NUM_SAMPLES, *DRAWING))
+    return task.translate(trained.graphdef, trained.params, PROMPT.value, **choice(draws))
+
+
+def choice(draws: bool) -> dict[str, Any]:
+    """How tokens are chosen, by the flags: by beams, by draws, or, without either, the likeliest.
+
+    Raises:
+      ValueError: flags that do not go together.
+    """
+    settings: dict[str, Any] = {"num_samples": NUM_SAMPLES.value}
+    if BEAMS.value > 1:
+        for flag in DRAWING:
+            if flag.present:
+                raise ValueError(f"{flag.name}: was set, but a search with beams draws nothing")
+        return settings | {"beams": BEAMS.value, "length_penalty": LENGTH_PENALTY.value}
+    if LENGTH_PENALTY.present:
+        raise ValueError("length_penalty: was set, but only a search with beams has one")
+    if not draws:
+        return settings
+    return settings | {
+        "rng": jax.random.key(SEED.value), "temperature": TEMPERATURE.value, "top_k": TOP_K.value,
+        "top_p": TOP_P.value, "min_p": MIN_P.value, "repetition_penalty": REPETITION_PENALTY.value,
+    }  # fmt: skip
 
 
 def write(tokenizer: Tokenizer, parts: Iterator[np.ndarray]) -> None:
@@ -90,20 +153,6 @@ def _stop(tokenizer: Tokenizer) -> tuple[int, ...]:
     if len(ids) != 1:
         raise ValueError(f"stop: wanted a text of one token, got {STOP.value!r}, of {len(ids)}")
     return (int(ids[0]),)
-
-
-def translation(task: Translation, trained: setup.TrainedRun) -> str:
-    """The prompt's translation: the likeliest token each time.
-
-    Raises:
-      ValueError: a flag about drawing tokens was set, or the prompt cannot be translated.
-    """
-    for flag in SAMPLING:
-        if flag.present:
-            raise ValueError(
-                f"{flag.name}: was set, but a translation takes the likeliest token each time"
-            )
-    return task.translate(trained.graphdef, trained.params, PROMPT.value)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -202,27 +202,34 @@ class Translation(Task):
         tokens = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(tokens[tokens < self.begin])
 
-    def translate(self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str) -> str:
+    def translate(
+        self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str, **settings: Any
+    ) -> list[str]:
         """What a trained model makes of a sentence.
+
+        Args:
+          graphdef, params: the model.
+          sentence: to translate.
+          **settings: draws or beams, and how many translations: see `inference.translate`.
 
         Raises:
           ValueError: it is empty or too long, or holds what the tokenizer does not know.
         """
-        _, tokens = self._translated(graphdef, params, sentence)
-        return self._sentence(tokens)
+        _, tokens = self._translated(graphdef, params, sentence, **settings)
+        return [self._sentence(row) for row in tokens]
 
     def _translated(
-        self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str
+        self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str, **settings: Any
     ) -> tuple[data.TokenPairs, np.ndarray]:
-        """A sentence in tokens, and the tokens of its translation."""
+        """A sentence in tokens, and the tokens of its translations."""
         if not sentence.strip():
             raise ValueError("prompt: wanted a sentence to translate, got none")
         one = self._encode(data.Pairs("prompt", (sentence,), (sentence,), "the prompt"))
         tokens = inference.translate(
             graphdef, params, one.sources, one.source_lengths, begin=self.begin, end=self.end,
-            num_tokens=self.settings.data.context,
+            num_tokens=self.settings.data.context, **settings,
         )  # fmt: skip
-        return one, np.asarray(tokens)[0]
+        return one, np.asarray(tokens)
 
     def describe(self, scores: dict[str, float]) -> list[str]:
         about = (
@@ -287,7 +294,7 @@ class Translation(Task):
         self, graphdef: nnx.GraphDef, params: nn.Params, sentence: str
     ) -> LabelledPair:
         """A sentence and what a trained model makes of it; errors as in `translate`."""
-        one, tokens = self._translated(graphdef, params, sentence)
+        one, (tokens,) = self._translated(graphdef, params, sentence)
         length = int(np.flatnonzero(tokens == self.end)[0]) + 1 if self.end in tokens else None
         return self._labelled(one.sources[:, : one.source_lengths[0]], tokens[None, :length])
 

@@ -1,12 +1,13 @@
 """Using trained models."""
 
-from qkv_jax.inference.generation import Sampling, generate, stream
+from qkv_jax.inference.beam import Hypotheses, beam_search
+from qkv_jax.inference.generation import generate, stream
 from qkv_jax.inference.quantization import QuantizedLinear, quantize
-from qkv_jax.inference.sampling import check_sampling, filter_logits, penalised, sample
+from qkv_jax.inference.sampling import Sampling, check_sampling, filter_logits, penalised, sample
 from qkv_jax.inference.scoring import log_probabilities
 from qkv_jax.inference.translation import translate
 
 __all__ = [
-    "QuantizedLinear", "Sampling", "check_sampling", "filter_logits", "generate",
-    "log_probabilities", "penalised", "quantize", "sample", "stream", "translate",
+    "Hypotheses", "QuantizedLinear", "Sampling", "beam_search", "check_sampling", "filter_logits",
+    "generate", "log_probabilities", "penalised", "quantize", "sample", "stream", "translate",
 ]  # fmt: skip

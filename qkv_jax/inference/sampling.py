@@ -1,9 +1,45 @@
 """Choosing the next token from its logits."""
 
+import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits; hashable, so that it is static under jit.
+
+    Args:
+      temperature, top_k, top_p, min_p: see `filter_logits`; top_k = 1 takes the likeliest.
+      repetition_penalty: see `penalised`; 1: none. It counts the prompt, too.
+
+    Raises:
+      ValueError: naming the argument, what came and what was wanted.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty: wanted a finite number > 0, got {self.repetition_penalty}"
+            )
+
+    def __call__(self, logits: jax.Array, rngs: jax.Array, seen: jax.Array | None) -> jax.Array:
+        """A token for each row, int32 [B], from logits [B, V]; each row has a key of its own."""
+        if seen is not None:
+            logits = penalised(logits, seen, self.repetition_penalty)
+        filters = dataclasses.asdict(self)
+        del filters["repetition_penalty"]
+        return jax.vmap(functools.partial(sample, **filters))(logits, rngs)
 
 
 def check_sampling(

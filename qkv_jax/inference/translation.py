@@ -1,13 +1,16 @@
-"""Translating by running an encoder-decoder, the likeliest token first."""
+"""Translating by running an encoder-decoder: the likeliest tokens, draws, or beams."""
 
-import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qkv_jax import nn
+from qkv_jax.inference.beam import beam_search
+from qkv_jax.inference.generation import generate
+from qkv_jax.inference.prompts import at_least
+from qkv_jax.ops.cache import Cache, CacheKind
 
 
 def translate(
@@ -19,72 +22,58 @@ def translate(
     begin: int,
     end: int,
     num_tokens: int,
+    num_samples: int = 1,
+    beams: int = 1,
+    length_penalty: float | None = None,
+    rng: jax.Array | None = None,
+    kind: CacheKind = Cache,
+    **sampling: Any,
 ) -> jax.Array:
-    """The translations that a model writes when it takes the likeliest token each time (greedily).
+    """The translations that a model writes: by default of the likeliest token each time (greedily).
 
-    The source is encoded once; the loop stops where every row has its end. A model without a cache
-    (`init_cache`, `extend`, `logits`) passes over all `num_tokens` for each token.
+    The source is encoded once; the loop stops where every row has its end.
 
     Args:
-      graphdef, params: a model with `encode(sources, source_lengths=...)` and `decode(target_in,
-        memory, source_lengths=...)`, as `nn.split` gives it.
+      graphdef, params: an encoder-decoder with `encode`, `init_cache`, `extend` and `logits`, as
+        `nn.split` gives it.
       sources: integers [B, S].
       source_lengths: integers [B].
       begin: the id that the decoder reads first.
       end: the id that ends a translation.
       num_tokens: of the longest translation, T.
+      num_samples: translations of each source: draws, or the best that the beams have found.
+      beams: more than 1: see `beam_search`, which also gives scores.
+      length_penalty: of beams; None: 1.
+      rng: a key, to draw tokens as `generate` does; None: nothing is drawn.
+      kind: of the decoder's cache.
+      **sampling: see `Sampling`; of draws.
 
     Returns:
-      int32 [B, T]; from a row's end on, `end` alone.
+      int32 [B * num_samples, T]; from a row's end on, `end` alone.
 
     Raises:
       ValueError: naming the argument, what came and what was wanted.
     """
-    sources, source_lengths = jnp.asarray(sources), jnp.asarray(source_lengths)
-    if sources.ndim != 2 or not jnp.issubdtype(sources.dtype, jnp.integer):
-        raise ValueError(
-            f"sources: wanted integers [B, S], got {sources.dtype} {list(sources.shape)}"
-        )
-    if source_lengths.shape != sources.shape[:1]:
-        raise ValueError(
-            f"source_lengths: wanted shape {list(sources.shape[:1])}, as many as sources, got "
-            f"{list(source_lengths.shape)}"
-        )
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: wanted at least 1, got {num_tokens}")
-    return _translate(graphdef, params, sources, source_lengths, begin, end, num_tokens=num_tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_tokens"))
-def _translate(graphdef, params, sources, source_lengths, begin, end, *, num_tokens):
-    B, T = sources.shape[0], num_tokens
-    model = nn.merge(graphdef, params)
-    memory = model.encode(sources, source_lengths=source_lengths)
-    cached = hasattr(model, "extend")
-
-    def next_logits(i, written, cache):
-        if cached:
-            x, cache = model.extend(
-                jax.lax.dynamic_slice_in_dim(written, i, 1, axis=1), cache, positions=i[None],
-                source_lengths=source_lengths,
-            )  # fmt: skip
-            return model.logits(x)[:, 0], cache
-        # Causal: what stands in the row after place i cannot be seen.
-        logits = model.decode(written[:, :T], memory, source_lengths=source_lengths)
-        return jnp.take(logits, i, axis=1), cache
-
-    def unfinished(carry):
-        i, _, done, _ = carry
-        return (i < T) & ~done.all()
-
-    def body(carry):
-        i, written, done, cache = carry
-        logits, cache = next_logits(i, written, cache)
-        token = jnp.where(done, end, logits.argmax(-1).astype(jnp.int32))
-        return i + 1, written.at[:, i + 1].set(token), done | (token == end), cache
-
-    written = jnp.full((B, T + 1), end, jnp.int32).at[:, 0].set(begin)
-    cache = model.init_cache(memory, T) if cached else ()
-    carry = jnp.int32(0), written, jnp.zeros(B, bool), cache
-    _, written, _, _ = jax.lax.while_loop(unfinished, body, carry)
-    return written[:, 1:]
+    at_least(1, beams=beams, num_tokens=num_tokens)
+    shared = {
+        "num_tokens": num_tokens, "context": max(num_tokens, 2), "stop": (end,), "kind": kind,
+        "sources": sources, "source_lengths": source_lengths,
+    }  # fmt: skip
+    prompt = np.full((len(sources), 1), begin, np.int32)
+    if rng is None and sampling:
+        raise ValueError(f"rng: wanted a key, to draw with {sorted(sampling)}, got None")
+    if beams > 1:
+        if rng is not None:
+            raise ValueError(f"rng: wanted None, for {beams} beams draw nothing, got a key")
+        found = beam_search(
+            graphdef, params, prompt, beams=beams, num_results=num_samples,
+            length_penalty=1.0 if length_penalty is None else length_penalty, **shared,
+        )  # fmt: skip
+        return found.tokens.reshape(-1, num_tokens)
+    if length_penalty is not None:
+        raise ValueError(f"length_penalty: was set to {length_penalty}, but beams = 1")
+    if rng is None:
+        rng, sampling = jax.random.key(0), {"top_k": 1}
+    return generate(
+        graphdef, params, prompt, rng=rng, num_samples=num_samples, **shared, **sampling
+    )

@@ -16,6 +16,7 @@ from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import HEADS, MIXERS, qk_norm_kind
 from qkv_jax.nn.cross_block import CrossBlock
+from qkv_jax.ops.cache import check_room
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.positions import alibi_slopes
 from qkv_jax.ops.scores import Alibi, RelativeBias, Score, Softcap
@@ -231,7 +232,11 @@ def extend_blocks(
       score: for the mixers that are attention, as in `block_states`.
       own: what else each block takes.
       shared: what else all take: positions, lengths.
+
+    Raises:
+      ValueError: for known positions that a cache has no room for.
     """
+    check_room(caches, shared["positions"], shared.get("lengths"))
     first_values, after = None, []
     own = [{}] * len(blocks) if own is None else own
     for block, cache, given in zip(blocks, caches, own, strict=True):

@@ -181,6 +181,10 @@ class Decoder(nnx.Module):
 
         Returns:
           The last residual stream [B, T, D], and the cache after these tokens.
+
+        Raises:
+          ValueError: for positions beyond the cache, where they are known. In a compiled function
+            that takes them as an argument they are not, and such tokens are lost.
         """
         x = self.embed(tokens, positions)
         return extend_blocks(

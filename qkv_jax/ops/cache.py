@@ -13,7 +13,7 @@ All have one interface: `append`, `attended`, `read`, `positions`, `capacity`, `
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +223,30 @@ class QuantizedCache(Cache):
     def decode(self, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         pairs = zip(stored[::2], stored[1::2], strict=True)
         return tuple((x.astype(jnp.float32) * scale).astype(self.dtype) for x, scale in pairs)
+
+
+def check_room(cache: Any, positions: Array, lengths: Array | None = None) -> None:
+    """Checks that new tokens fit into caches, where positions are known: not traced by `jit`.
+
+    Args:
+      cache: a pytree that holds caches.
+      positions, lengths: of the new tokens, as in `Cache.append`.
+
+    Raises:
+      ValueError: for positions that a full cache has no slot for.
+    """
+    if isinstance(positions, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+        return
+    caches = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))
+    capacities = [x.capacity for x in caches if isinstance(x, Cache) and not x.rolling]
+    at = np.atleast_2d(np.asarray(positions))
+    number = at.shape[1] if lengths is None else np.reshape(np.asarray(lengths), (-1, 1))
+    last = int(np.max(np.where(np.arange(at.shape[1]) < number, at, -1), initial=-1))
+    if capacities and last >= min(capacities):
+        raise ValueError(
+            f"positions: wanted less than {min(capacities)}, which the cache has room for, got "
+            f"{last}"
+        )
 
 
 def _slots_last(arrays: Iterable[jax.Array]) -> tuple[jax.Array, ...]:

@@ -104,7 +104,7 @@ def test_it_translates_a_prompt_without_its_data(runs, scripts):
     done = scripts.run("generate", f"--workdir={workdir}", "--prompt=4 March 2017")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     trained = setup.load_run(str(workdir))
-    expected = trained.task.translate(trained.graphdef, trained.params, "4 March 2017")
+    (expected,) = trained.task.translate(trained.graphdef, trained.params, "4 March 2017")
     assert done.stdout == expected + "\n" and files_of(workdir) == before
     assert "pairs" not in vars(trained.task)  # nothing was read or generated
 
@@ -112,7 +112,8 @@ def test_it_translates_a_prompt_without_its_data(runs, scripts):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--prompt=4 March", "--temperature=0.5"], ["temperature", "likeliest token"]),
+        (["--prompt=4 March", "--num_tokens=5"], ["num_tokens", "ends by itself"]),
+        (["--prompt=4 March", "--beams=2", "--seed=1"], ["seed", "beams draws nothing"]),
         (["--prompt="], ["prompt", "got none"]),
         (["--prompt=#"], ["'#'", "position 0"]),
         ([f"--prompt={'1' * 40}"], ["context is 40", "the prompt"]),

@@ -13,6 +13,7 @@ from qkv_jax import inference, nn
 from qkv_jax.inference import generation
 from qkv_jax.models import Decoder, DecoderConfig
 from qkv_jax.ops.cache import QuantizedCache
+from qkv_jax.ops.paged import Pages
 from tests.parameters import randomised
 
 V, CONTEXT = 23, 10
@@ -122,7 +123,7 @@ def test_a_row_ends_with_its_first_stop_token():
 def test_what_has_been_said_is_made_less_likely():
     logits = jnp.array([[2.0, -2.0, 1.0]])
     seen = jnp.array([[True, True, False]])
-    np.testing.assert_allclose(generation.penalised(logits, seen, 4.0), [[0.5, -8.0, 1.0]])
+    np.testing.assert_allclose(inference.penalised(logits, seen, 4.0), [[0.5, -8.0, 1.0]])
     # A penalty that rules everything out: the prompt and all that was written come once.
     out = generate(num_tokens=12, context=64, top_k=1, repetition_penalty=1e9)
     for row, prompt in zip(out, PROMPT, strict=True):
@@ -132,6 +133,15 @@ def test_what_has_been_said_is_made_less_likely():
 def test_a_cache_of_int8_writes_nearly_the_same_text():
     kwargs = {"num_tokens": 30, "context": 64, "top_k": 1}
     assert (generate(kind=QuantizedCache, **kwargs) == generate(**kwargs)).mean() > 0.5
+
+
+def test_rows_on_pages_have_the_text_that_they_have_without():
+    """Samples, which cannot share pages, and a text that outgrows the context."""
+    kwargs = {"num_samples": 2, "lengths": np.array([3, 1]), "num_tokens": 9, "context": 8}
+    np.testing.assert_array_equal(generate(kind=Pages(12, 3), **kwargs), generate(**kwargs))
+    kwargs = {"num_tokens": 5, "context": 8}  # one row, whose cache the loop packs
+    alone = generate(PROMPT[:1], kind=Pages(3, 3), **kwargs)
+    np.testing.assert_array_equal(alone, generate(PROMPT[:1], **kwargs))
 
 
 def test_another_seed_or_model_compiles_nothing_new():
@@ -148,17 +158,24 @@ def test_another_seed_or_model_compiles_nothing_new():
     ("wrong", "message"),
     [
         ({"prompt": np.zeros(3, int)}, r"prompt: wanted integers \[B, P\] .* got .* \[3\]"),
-        ({"prompt": np.zeros((2, 0), int)}, r"prompt: .* got int32 \[2, 0\]"),
-        ({"prompt": np.zeros((2, 3))}, r"prompt: wanted integers .* got float32 \[2, 3\]"),
+        ({"prompt": np.zeros((2, 0), int)}, r"prompt: .* got int64 \[2, 0\]"),
+        ({"prompt": np.zeros((2, 3))}, r"prompt: wanted integers .* got float64 \[2, 3\]"),
         ({"num_tokens": 0}, r"num_tokens: wanted at least 1, got 0"),
         ({"context": 1}, r"context: wanted at least 2, got 1"),
         ({"num_samples": 0}, r"num_samples: wanted at least 1, got 0"),
+        ({"prompt": [[1, V]]}, r"prompt: wanted tokens in \[0, V = 23\), got 23"),
+        ({"prompt": jnp.array([[-1, 2]])}, r"prompt: wanted tokens in \[0, V = 23\), got -1"),
+        ({"sources": [[1, 2]]}, r"sources: wanted one for each of 2 prompts, got 1"),
+        ({"sources": PROMPT, "context": 7}, r"context: wanted at least 10, .* got 7"),
+        ({"source_lengths": [1, 2]}, r"source_lengths: were given, but no sources"),
+        ({"kind": Pages(5, 4)}, r"kind: wanted Pages of at least 6 pages of 4 tokens, .* got 5"),
         ({"lengths": [1, 4]}, r"lengths: wanted \[B\] = \[2\] integers from 1 to 3, got"),
         ({"lengths": [3]}, r"lengths: wanted \[B\] = \[2\]"),
         ({"temperature": 0.0}, r"temperature: wanted"),
         ({"temperature": float("nan")}, r"temperature: wanted"),
         ({"top_k": 0}, r"top_k: wanted"),
         ({"top_p": 2.0}, r"top_p: wanted"),
+        ({"top_p": 0.0}, r"top_p: wanted"),
         ({"min_p": 0.0}, r"min_p: wanted"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty: wanted a finite number > 0, got 0"),
     ],
@@ -167,3 +184,8 @@ def test_another_seed_or_model_compiles_nothing_new():
 def test_a_wrong_argument_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         generate(**wrong)
+
+
+def test_a_stream_refuses_a_wrong_argument_before_its_first_token_is_asked_for():
+    with pytest.raises(ValueError, match="prompt: wanted tokens"):
+        inference.stream(*model(), [[V]], num_tokens=3, context=8, rng=jax.random.key(0))

@@ -11,7 +11,8 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models import Decoder, DecoderConfig, EncoderDecoder, EncoderDecoderConfig
-from qkv_jax.ops.cache import QuantizedCache
+from qkv_jax.ops.cache import Cache, QuantizedCache, check_room
+from qkv_jax.ops.paged import Pages
 from tests.parameters import randomised
 from tests.tolerances import assert_close
 
@@ -117,6 +118,18 @@ def test_more_tokens_than_a_learned_table_has_are_refused():
     with pytest.raises(ValueError, match=r"length: wanted at most model\.context = 16, got 17"):
         model.init_cache(B, 17)
     decoder("rotary")[0].init_cache(B, 17)
+
+
+@pytest.mark.parametrize("kind", [Cache, Pages(num_pages=9, page_size=4)], ids=str)
+def test_more_tokens_than_a_cache_has_room_for_are_refused_where_positions_are_known(kind):
+    model, *_ = decoder("rotary")
+    cache = model.init_cache(B, 8, kind=kind)
+    for tokens, positions in ((TOKENS, np.arange(T)), (TOKENS[:, :1], np.full((B, 1), 8))):
+        with pytest.raises(ValueError, match=r"positions: wanted less than 8, .* got (12|8)"):
+            model.extend(tokens, cache, positions=positions)
+    # Padding needs no room, and neither does what a window has forgotten.
+    check_room(cache, np.arange(T), np.array([8, 1, 3]))
+    check_room(Cache.empty(B, 8, (3,), rolling=True), np.arange(T))
 
 
 # Two stacks
