@@ -232,14 +232,15 @@ def steps_after(graphdef: nnx.GraphDef, params: nn.Params, after: int, steps: in
     def run(params, token):
         model = nn.merge(graphdef, params)
 
+        empty = model.init_cache(1, after + steps)
+
         def step(i, carry):
             token, cache = carry
-            x, cache = model.extend(token, unpacked(cache, 1), positions=(after + i)[None])
+            x, cache = model.extend(token, unpacked(cache, empty), positions=(after + i)[None])
             token = jnp.argmax(model.logits(x), -1).astype(jnp.int32)
-            return token, packed(cache, 1)
+            return token, packed(cache)
 
-        cache = packed(model.init_cache(1, after + steps), 1)
-        return jax.lax.fori_loop(0, steps, step, (token, cache))[0]
+        return jax.lax.fori_loop(0, steps, step, (token, packed(empty)))[0]
 
     token = jnp.zeros((1, 1), jnp.int32)
     return Side(lambda: jax.block_until_ready(run(params, token)), lambda found: [found])

@@ -17,7 +17,7 @@ from flax import nnx
 from qkv_jax import nn
 from qkv_jax.inference.prompts import Prompts, ends
 from qkv_jax.ops.cache import CacheKind
-from qkv_jax.ops.paged import PagedCache, Pages
+from qkv_jax.ops.paged import Pages
 
 
 class Choice(Protocol):
@@ -108,7 +108,7 @@ def advance(
     graphdef: nnx.GraphDef, params: nn.Params, state: Decoding, number: int | jax.Array
 ) -> Decoding:
     """The state after so many more tokens, for which the cache has room, or when all is written."""
-    model, B = nn.merge(graphdef, params), len(state.lengths)
+    model, cache = nn.merge(graphdef, params), state.cache
 
     def unfinished(carry: tuple[jax.Array, Decoding]) -> jax.Array:
         i, state = carry
@@ -116,28 +116,28 @@ def advance(
 
     def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
         i, state = carry
-        return i + 1, _next(model, state)
+        state = _next(model, dataclasses.replace(state, cache=unpacked(state.cache, cache)))
+        return i + 1, dataclasses.replace(state, cache=packed(state.cache))
 
-    state = dataclasses.replace(state, cache=packed(state.cache, B))
+    state = dataclasses.replace(state, cache=packed(cache))
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
-    return dataclasses.replace(state, cache=unpacked(state.cache, B))
+    return dataclasses.replace(state, cache=unpacked(state.cache, cache))
 
 
 def _next(model: nnx.Module, state: Decoding) -> Decoding:
     """The state one token later."""
-    B = len(state.lengths)
     positions = state.lengths[:1] if state.equal else state.lengths[:, None]
     x, cache = model.extend(
-        state.token[:, None], unpacked(state.cache, B), positions=positions, **(state.source or {})
+        state.token[:, None], state.cache, positions=positions, **(state.source or {})
     )
-    text = state.text.at[jnp.arange(B), state.lengths].set(state.token)
+    text = state.text.at[jnp.arange(len(state.lengths)), state.lengths].set(state.token)
     choice, token, continued = state.choice.choose(model.logits(x)[:, 0])
     if continued is not None:
         own, *of_source = [cache] if state.source is None else cache
         text, own = jax.tree.map(lambda x: x[continued], (text, own))
         cache = own if state.source is None else (own, *of_source)
     return dataclasses.replace(
-        state, text=text, lengths=state.lengths + 1, cache=packed(cache, B), token=token,
+        state, text=text, lengths=state.lengths + 1, cache=cache, token=token,
         choice=choice,
     )  # fmt: skip
 
@@ -205,24 +205,15 @@ def capacity_for(read: int, num_tokens: int, context: int) -> int:
     return min(context, read + num_tokens - 1)
 
 
-def packed(cache: Any, batch: int) -> Any:
-    """A cache as a loop on a CPU had better carry it: of one row without the batch's axis.
+def packed(cache: Any) -> Any:
+    """A cache as a loop on a CPU had better carry it: without axes of 1.
 
-    XLA takes axes of 1 out of products, and would keep the cache in both shapes, each a copy of the
+    XLA takes these out of products, and would keep the cache in both shapes, each a copy of the
     other, in every step.
     """
-    return _by_row(lambda x: x[0], cache) if batch == 1 else cache
+    return jax.tree.map(jnp.squeeze, cache)
 
 
-def unpacked(cache: Any, batch: int) -> Any:
-    """The inverse of `packed`."""
-    return _by_row(lambda x: x[None], cache) if batch == 1 else cache
-
-
-def _by_row(change: Callable[[jax.Array], jax.Array], cache: Any) -> Any:
-    """A cache with its arrays changed, but for pages, which all rows share."""
-
-    def paged(x: Any) -> bool:
-        return isinstance(x, PagedCache)
-
-    return jax.tree.map(lambda x: x if paged(x) else change(x), cache, is_leaf=paged)
+def unpacked(cache: Any, like: Any) -> Any:
+    """The inverse of `packed`, for a cache of the shapes of `like`."""
+    return jax.tree.map(lambda x, y: x.reshape(y.shape), cache, like)

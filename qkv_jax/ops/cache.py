@@ -125,13 +125,14 @@ class Cache:
             fits = slot < self.capacity
 
             def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                # On three axes: XLA takes an axis of 1 out of some of these, not of all, and an
-                # array that is read in one shape and written in another is copied first.
-                flat = x.reshape(-1, *x.shape[-2:])
-                new = new.astype(x.dtype).reshape(-1, 1, x.shape[-1])
-                old = jax.lax.dynamic_slice_in_dim(flat, slot, 1, axis=1)
+                # Without axes of 1: XLA takes them out of some of these, not of all, and an array
+                # that is read in one shape and written in another is copied first.
+                axes = tuple(i for i, n in enumerate(x.shape[:-2]) if n == 1)
+                thin, new = x.squeeze(axes), new.astype(x.dtype).squeeze(axes)
+                old = jax.lax.dynamic_slice_in_dim(thin, slot, 1, axis=-2)
                 new = jnp.where(fits, new, old)
-                return jax.lax.dynamic_update_slice_in_dim(flat, new, slot, axis=1).reshape(x.shape)
+                new = jax.lax.dynamic_update_slice_in_dim(thin, new, slot, axis=-2)
+                return new.reshape(x.shape)
         else:
             slots = self._slots_of_kept(at, lengths)
             rows = jnp.arange(B)[:, None]
