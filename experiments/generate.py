@@ -121,6 +121,10 @@ def choice(draws: bool) -> dict[str, Any]:
         for flag in DRAWING:
             if flag.present:
                 raise ValueError(f"{flag.name}: was set, but a search with beams draws nothing")
+        if NUM_SAMPLES.value > BEAMS.value:
+            raise ValueError(
+                f"num_samples: wanted at most beams = {BEAMS.value}, got {NUM_SAMPLES.value}"
+            )
         return settings | {"beams": BEAMS.value, "length_penalty": LENGTH_PENALTY.value}
     if LENGTH_PENALTY.present:
         raise ValueError("length_penalty: was set, but only a search with beams has one")

@@ -39,6 +39,12 @@ def test_samples_of_one_seed_differ_unless_only_the_likeliest_token_is_kept(gene
     assert len(samples) == 3 and len(set(samples)) == 1
 
 
+def test_beams_print_the_best_texts_which_no_seed_changes(generate):
+    best = written(generate("--beams=3", "--num_samples=2", "--length_penalty=0.5"))
+    assert len(set(best)) == 2
+    assert all(text.startswith(PROMPT) and len(text) == len(PROMPT) + 31 for text in best)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -49,6 +55,9 @@ def test_samples_of_one_seed_differ_unless_only_the_likeliest_token_is_kept(gene
         (["--top_p=0"], ["top_p", "got 0.0"]),
         (["--top_k=0"], ["top_k", "got 0"]),
         (["--num_tokens=0"], ["num_tokens"]),
+        (["--beams=2", "--top_p=0.9"], ["top_p", "beams draws nothing"]),
+        (["--beams=2", "--num_samples=3"], ["num_samples", "at most beams = 2", "got 3"]),
+        (["--length_penalty=2"], ["length_penalty", "only a search with beams"]),
         (["--seed=99999999999999999999"], ["seed"]),
         (["the cat"], ["unexpected argument 'the cat'"]),
     ],

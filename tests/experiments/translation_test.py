@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -107,6 +108,16 @@ def test_it_translates_a_prompt_without_its_data(runs, scripts):
     (expected,) = trained.task.translate(trained.graphdef, trained.params, "4 March 2017")
     assert done.stdout == expected + "\n" and files_of(workdir) == before
     assert "pairs" not in vars(trained.task)  # nothing was read or generated
+    # Draws and beams, of the same model.
+    model = trained.graphdef, trained.params, "4 March 2017"
+    done = scripts.run(
+        "generate", f"--workdir={workdir}", "--prompt=4 March 2017", "--num_samples=3", "--seed=5"
+    )
+    draws = trained.task.translate(*model, num_samples=3, rng=jax.random.key(5), temperature=0.8)
+    assert done.stdout.removesuffix("\n").split("\n" + "-" * 80 + "\n") == draws
+    assert len(set(draws)) > 1
+    best = trained.task.translate(*model, num_samples=2, beams=2)
+    assert len(set(best)) == 2
 
 
 @pytest.mark.parametrize(
