@@ -7,8 +7,9 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 from flax import nnx
 
 from configs import char_lm
@@ -20,6 +21,7 @@ from qkv_jax.models import Decoder
 from qkv_jax.training.run_directory import read_config
 
 Lesson = tuple[Decoder, training.DistillationConfig]  # the teacher, and what is learnt from it
+MakeLoss = Callable[[nnx.GraphDef], training.Loss]
 Losses = dict[str, list[tuple[float, float]]]  # student -> (alone, taught) of each seed
 
 
@@ -44,12 +46,14 @@ def distilled(
         are those of the first.
 
     Raises:
-      ValueError: a student is no model, or the same as another.
+      ValueError: a student is no model, cannot learn so or be quantized, or is there twice.
     """
     if len(set(students)) < len(students):
         raise ValueError(f"student: wanted different ones, got {list(students)}")
     wanted = {name: student_settings(trained, name) for name in students}
     teacher = nn.merge(trained.graphdef, trained.params)
+    for settings in wanted.values():
+        _check(_as_run_of(trained, settings, trained.settings.seed), (teacher, config))
     models = _with_fewer_bits("the teacher", teacher)
     losses: Losses = {name: [] for name in students}
     for seed in range(num_seeds):
@@ -107,22 +111,39 @@ def _as_run_of(trained: TrainedRun, settings: Settings, seed: int) -> TrainedRun
     return TrainedRun(trained.run, settings, task, graphdef, params, step=0)
 
 
+def _learner(run: TrainedRun, lesson: Lesson | None) -> tuple[nnx.Module, MakeLoss | None]:
+    """What is trained, the run's model or what holds it, and its loss; None: cross entropy."""
+    model = nn.merge(run.graphdef, run.params)
+    if lesson is None:
+        return model, None
+    teacher, config = lesson
+    make_loss = functools.partial(training.distillation_loss, teacher=teacher, config=config)
+    if config.hidden_weight == 0:
+        return model, make_loss
+    rngs = nnx.Rngs(run.settings.seed)
+    return training.Student(model, teacher.config.width, rngs=rngs), make_loss
+
+
+def _check(run: TrainedRun, lesson: Lesson) -> None:
+    """Raises what would otherwise be raised after a student has been trained alone."""
+    quantize(nn.merge(run.graphdef, run.params))
+    learner, make_loss = _learner(run, lesson)
+    graphdef, params = nn.split(learner)
+    batch = {name: batches[0] for name, batches in run.task.train_batches(0).items()}
+    try:
+        jax.eval_shape(make_loss(graphdef), params, batch, None)
+    except NotImplementedError as error:
+        raise ValueError(f"student: {error}") from error
+
+
 def _trained(
     run: TrainedRun, name: str, num_steps: int, lesson: Lesson | None
 ) -> tuple[Decoder, float]:
     """The run's model after so many steps, and its loss over the validation text, printed too."""
     started = time.perf_counter()
-    model: nnx.Module = nn.merge(run.graphdef, run.params)
-    make_loss = None
-    if lesson is not None:
-        teacher, config = lesson
-        make_loss = functools.partial(training.distillation_loss, teacher=teacher, config=config)
-        if config.hidden_weight > 0:
-            rngs = nnx.Rngs(run.settings.seed)
-            model = training.Student(model, teacher.config.width, rngs=rngs)
-    model, _ = trained_on(run, model, num_steps, 1.0, make_loss)
-    if isinstance(model, training.Student):
-        model = model.model
+    learner, make_loss = _learner(run, lesson)
+    learner, _ = trained_on(run, learner, num_steps, 1.0, make_loss)
+    model = learner.model if isinstance(learner, training.Student) else learner
     loss = run.task.measure(*nn.split(model))["loss"]
     seconds = time.perf_counter() - started
     seed = run.settings.seed

@@ -69,10 +69,15 @@ def test_a_student_is_told_by_fields_of_the_config(run):
     ("num_heads=many", "student: config.model.num_heads: "),
     ("num_heads=3", "model.head_dim: .*|model.num_heads: .*"),
     ("num_heads=0", "model.num_heads: wanted a positive integer, got 0"),
+    ("num_heads=1,head_dim=6", "num_relations: wanted a divisor of 1 heads x 6, got 4"),
+    ("mixer=lstm", "student: attention_inputs: layer 0, LSTM, has no queries and keys"),
+    ("mixer=latent", "model: wanted one without the mixer 'latent'"),
 ])  # fmt: skip
-def test_what_is_no_model_is_refused_before_anything_is_trained(run, student, words):
+def test_what_is_no_model_is_refused_before_anything_is_trained(run, student, words, capsys):
+    config = DistillationConfig(relation_weight=1.0)
     with pytest.raises(ValueError, match=words):
-        students.distilled(run, ["width=8", student], 5, DistillationConfig())
+        students.distilled(run, ["width=8", student], 5, config)
+    assert not capsys.readouterr().out
 
 
 def test_equal_students_are_refused(run):
