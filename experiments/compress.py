@@ -3,6 +3,7 @@
 python -m experiments.compress --workdir=runs/char_lm --what=prune --heads=2,4,8
 python -m experiments.compress --workdir=runs/char_lm --what=gqa --kv_heads=1 --steps=300
 python -m experiments.compress --workdir=runs/char_lm --what=quantize --group=32
+python -m experiments.compress --workdir=runs/char_lm --what=distill --student=num_heads=2
 
 Writes compress.md, a table of size, loss and speed, to a new folder, and with it the last model of
 the table, unless it is quantized, as a run that `experiments.evaluate` and `generate` read.
@@ -13,25 +14,41 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, compression, setup
+from experiments import cli, compression, setup, students
 from experiments.compression_table import ROUNDS, measured, table
 from experiments.tasks import CausalLM
+from qkv_jax import training
 from qkv_jax.training.run_directory import versions, write_text_atomic
 
-SAVED = "The last model of the table is a run in this folder."
-KINDS = ["prune", "gqa", "quantize"]
+SAVED = "The last model of the table, in float32, is a run in this folder."
+KINDS = ["prune", "gqa", "quantize", "distill"]
 WORKDIR = flags.DEFINE_string("workdir", "runs/char_lm", "the run whose model is compressed")
 WHAT = flags.DEFINE_enum(
-    "what", None, KINDS, "prune: heads; gqa: queries share keys and values; quantize: 8 and 4 bits"
+    "what",
+    None,
+    KINDS,
+    "prune: heads; gqa: queries share keys and values; quantize: 8 and 4 bits; distill: students",
 )
 OUT = flags.DEFINE_string("out", None, "a new folder; default: <workdir>_<what>")
 HEADS = flags.DEFINE_list(
     "heads", None, "prune: how many heads of all layers go, such as 2,4,8; default: half"
 )
 KV_HEADS = flags.DEFINE_integer("kv_heads", 1, "gqa: key/value heads that a layer then has", 1)
-STEPS = flags.DEFINE_integer("steps", 300, "gqa: steps of training after it", 1)
+STEPS = flags.DEFINE_integer(
+    "steps", 300, "gqa: steps of training after it; distill: of training", 1
+)
 RATE = flags.DEFINE_float("rate", 0.5, "gqa: factor of the run's learning rates in them", 1e-6)
 GROUP = flags.DEFINE_integer("group", 32, "quantize: numbers that share a scale", 1)
+STUDENT = flags.DEFINE_multi_string(
+    "student",
+    ["num_heads=2,head_dim=32"],
+    "distill: fields of config.model that differ; repeatable",
+)
+ALPHA = flags.DEFINE_float("alpha", 0.5, "distill: weight of the teacher's answers, from 0 to 1")
+TEMPERATURE = flags.DEFINE_float("temperature", 2.0, "distill: by which their logits are divided")
+RELATIONS = flags.DEFINE_float("relation_weight", 0.0, "distill: of relations among tokens")
+HIDDEN = flags.DEFINE_float("hidden_weight", 0.0, "distill: of hidden states")
+SEEDS = flags.DEFINE_integer("seeds", 1, "distill: how many times each student is trained", 1)
 BATCH = flags.DEFINE_integer("batch", 1, "sequences decoded at a time, for tokens/s", 1)
 
 
@@ -80,6 +97,11 @@ def compress(trained: setup.TrainedRun) -> compression.Compressed:
         return compression.grouped(trained, KV_HEADS.value, STEPS.value, RATE.value)
     if WHAT.value == "quantize":
         return compression.quantized(trained, GROUP.value)
+    if WHAT.value == "distill":
+        config = training.DistillationConfig(
+            ALPHA.value, TEMPERATURE.value, RELATIONS.value, hidden_weight=HIDDEN.value
+        )
+        return students.distilled(trained, STUDENT.value, STEPS.value, config, SEEDS.value)
     try:
         numbers = None if HEADS.value is None else [int(number) for number in HEADS.value]
     except ValueError:

@@ -1,13 +1,15 @@
 """What `experiments.compress` does to a run's decoder, as functions."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from configs import char_lm
 from experiments.setup import TrainedRun
@@ -22,8 +24,6 @@ from qkv_jax.models import (
     silence_heads,
 )
 from qkv_jax.training.run_directory import RunDirectory, open_run, read_config
-
-FIELDS = ("head_dim", "num_kv_heads", "heads_per_layer")  # of config.model, which compressing sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,11 @@ def heads_to_prune(
 
 
 def trained_on(
-    trained: TrainedRun, model: Decoder, num_steps: int, rate: float
+    trained: TrainedRun,
+    model: Decoder,
+    num_steps: int,
+    rate: float,
+    make_loss: Callable[[nnx.GraphDef], training.Loss] | None = None,
 ) -> tuple[Decoder, training.TrainState]:
     """A model after more steps on its run's text, from the window after the run's last one.
 
@@ -177,6 +181,7 @@ def trained_on(
       model: to train.
       num_steps: how many.
       rate: factor of the run's learning rates.
+      make_loss: the loss of a model with this structure; None: its cross entropy.
 
     Returns:
       The model, and the state of its training, whose step goes on from the run's.
@@ -190,10 +195,14 @@ def trained_on(
     optimizer = training.make_optimizer(config, num_steps)
     graphdef, params = nn.split(model)
     state = training.TrainState.create(jax.tree.map(jnp.copy, params), optimizer)  # is donated
-    loss = training.cross_entropy_loss(graphdef, task.predict)
+    if make_loss is None:
+        make_loss = functools.partial(training.cross_entropy_loss, predict=task.predict)
     steps = training.make_train_steps(
         training.make_train_step(
-            loss, optimizer, seed=settings.seed, accumulate=settings.optimizer.accumulate
+            make_loss(graphdef),
+            optimizer,
+            seed=settings.seed,
+            accumulate=settings.optimizer.accumulate,
         )
     )
     for done in range(0, num_steps, settings.train.steps_per_dispatch):
@@ -225,7 +234,9 @@ def save_run(out: Path, trained: TrainedRun, compressed: Compressed) -> RunDirec
     made = compressed.last.config
     with config.unlocked():
         config.name = out.absolute().name
-        config.model.update({name: getattr(made, name) for name in FIELDS})
+        fields = [name for name in config.model if hasattr(made, name)]
+        config.model.update({name: getattr(made, name) for name in fields})
+        config.train.num_steps = int(compressed.state.step)
     run = open_run(out, config)
     trained.task.keep(run)
     with training.Checkpointer(run.checkpoints) as checkpointer:

@@ -20,6 +20,7 @@ from qkv_jax.models.maps import (
     attention_maps,
     encoder_decoder_maps,
     head_importance,
+    watched_inputs,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
 from qkv_jax.models.pruning import PRUNABLE, least_important, prune_heads, silence_heads
@@ -56,4 +57,5 @@ __all__ = [
     "prune_heads",
     "silence_heads",
     "state_size",
+    "watched_inputs",
 ]

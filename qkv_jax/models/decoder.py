@@ -1,6 +1,9 @@
 """A decoder-only language model: GPT-2 style, Llama style and what lies between, by config."""
 
+import collections
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,7 +12,7 @@ from flax import nnx
 from qkv_jax import nn, ops
 from qkv_jax.models.blocks import (
     add_positions,
-    apply_blocks,
+    block_states,
     dropout_rngs,
     extend_blocks,
     init_caches,
@@ -126,15 +129,30 @@ class Decoder(nnx.Module):
         Returns:
           float32 [B, T, V].
         """
+        states = self.hidden_states(tokens, mask=mask, positions=positions, rng=rng)
+        return self.logits(collections.deque(states, maxlen=1).pop())
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: Mask | None = None,
+        positions: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> Iterator[jax.Array]:
+        """The residual stream, [B, T, D], before the first block and after each of the L.
+
+        Arguments are as for a call, whose logits are `logits` of the last.
+        """
         config = self.config
         mask = ops.masks.Causal() if mask is None else ops.masks.Causal() & mask
         *rngs, first = dropout_rngs(config, rng, config.num_layers + 1)
         x = nn.dropout(self.embed(tokens, positions), config.dropout_rate, first)
-        x = apply_blocks(
+        states = block_states(
             config, self.blocks, x, mask=mask, positions=positions, rngs=rngs,
             score=logit_scores(config, self.bias),
         )  # fmt: skip
-        return self.logits(x)
+        return itertools.chain([x], states)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """The first residual stream, [B, T, D]."""

@@ -1,12 +1,9 @@
 """What a decoder would answer after each of its layers."""
 
-import itertools
 from collections.abc import Iterator
 
 import jax
 
-from qkv_jax import ops
-from qkv_jax.models.blocks import block_states, logit_scores
 from qkv_jax.models.decoder import Decoder
 
 
@@ -24,11 +21,5 @@ def logit_lens(model: Decoder, tokens: jax.Array) -> Iterator[jax.Array]:
     Yields:
       L + 1 times, float32 [B, T, V].
     """
-    config = model.config
-    x = model.embed(tokens)
-    states = block_states(
-        config, model.blocks, x, mask=ops.masks.Causal(), positions=None,
-        rngs=[None] * config.num_layers, score=logit_scores(config, model.bias),
-    )  # fmt: skip
-    for state in itertools.chain([x], states):
+    for state in model.hidden_states(tokens):
         yield model.logits(state)

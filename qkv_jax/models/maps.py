@@ -40,7 +40,9 @@ def attention_maps(model: Decoder, tokens: jax.Array) -> jax.Array:
         have different numbers of heads.
     """
     _check_equal_heads(model, WEIGHTS)
-    return jnp.stack(_seen(model, tokens, _weights, WEIGHTS))
+    with _seen(model, _weights, WEIGHTS) as maps:
+        model(tokens)
+    return jnp.stack(maps)
 
 
 def attention_inputs(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -57,13 +59,32 @@ def attention_inputs(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.
       NotImplementedError: a layer's mixer calls no op.
     """
 
+    _check_equal_heads(model, INPUTS)
+    with watched_inputs(model) as seen:
+        model(tokens)
+    return tuple(map(jnp.stack, zip(*seen, strict=True)))
+
+
+@contextlib.contextmanager
+def watched_inputs(model: Decoder) -> Iterator[list[tuple[jax.Array, ...]]]:
+    """A list to which a call of the model adds what every layer's op gets: `attention_inputs`.
+
+    For what needs the answer of the same call too, such as a loss that is differentiated. Layers
+    may have different numbers of heads.
+
+    Args:
+      model: as for `attention_inputs`; it is to be called once.
+
+    Raises:
+      NotImplementedError: a layer's mixer calls no op.
+    """
+
     def inputs(op: Any, *qkv: jax.Array, **kwargs: Any) -> tuple[jax.Array, ...]:
         del op, kwargs
         return qkv
 
-    _check_equal_heads(model, INPUTS)
-    seen = _seen(model, tokens, inputs, INPUTS)
-    return tuple(map(jnp.stack, zip(*seen, strict=True)))
+    with _seen(model, inputs, INPUTS) as found:
+        yield found
 
 
 def alignment_maps(
@@ -229,16 +250,16 @@ def _weights(op: Any, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -
     return (ops.attention_weights if op is ops.attention else op.weights)(q, k, **kwargs)
 
 
+@contextlib.contextmanager
 def _seen(
-    model: Decoder, tokens: jax.Array, look: Callable[..., Any], missing: tuple[str, str]
-) -> list[Any]:
-    """`look(op, q, k, v, ...)` of every layer's op in a forward pass; the model stays as it was."""
+    model: Decoder, look: Callable[..., Any], missing: tuple[str, str]
+) -> Iterator[list[Any]]:
+    """A list of `look(op, q, k, v, ...)` of every layer's op in a call of the model."""
     mixers = [block.mixer for block in model.blocks]
     with _without_remat(model), _watched(mixers, look, missing) as found:
-        model(tokens)
+        yield found
     if len(found) < len(mixers):  # some mixer has an op and does not call it
         raise _absent(len(found), mixers[len(found)], missing)
-    return found
 
 
 @contextlib.contextmanager

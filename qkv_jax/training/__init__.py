@@ -1,12 +1,21 @@
 """Training: functions over one `TrainState`, and what keeps a run safe."""
 
 from qkv_jax.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
+from qkv_jax.training.distillation import (
+    DistillationConfig,
+    Student,
+    distillation_loss,
+    hidden_loss,
+    relation_loss,
+    soft_target_loss,
+)
 from qkv_jax.training.evaluation import make_eval_step, mean_metrics
 from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.preemption import StopSignal
 from qkv_jax.training.progress import Progress
 from qkv_jax.training.state import TrainState
 from qkv_jax.training.step import (
+    Loss,
     Predict,
     cross_entropy_loss,
     make_train_step,
@@ -18,12 +27,17 @@ from qkv_jax.training.step import (
 __all__ = [
     "CheckpointError",
     "Checkpointer",
+    "DistillationConfig",
+    "Loss",
     "OptimizerConfig",
     "Predict",
     "Progress",
     "StopSignal",
+    "Student",
     "TrainState",
     "cross_entropy_loss",
+    "distillation_loss",
+    "hidden_loss",
     "load_checkpoint",
     "make_eval_step",
     "make_optimizer",
@@ -33,4 +47,6 @@ __all__ = [
     "mean_metrics",
     "predict_padded_tokens",
     "predict_tokens",
+    "relation_loss",
+    "soft_target_loss",
 ]

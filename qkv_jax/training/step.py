@@ -38,11 +38,16 @@ def cross_entropy_loss(graphdef: nnx.GraphDef, predict: Predict = predict_tokens
     def loss(params: nn.Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
         logits = predict(nn.merge(graphdef, params), batch, rng)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        if "weights" not in batch:
-            return losses.mean()
-        return (losses * batch["weights"]).sum() / batch["weights"].sum()
+        return mean_over_targets(losses, batch)
 
     return loss
+
+
+def mean_over_targets(losses: jax.Array, batch: Batch) -> jax.Array:
+    """The mean of losses of the targets' shape, by the batch's `weights` if it has them."""
+    if "weights" not in batch:
+        return losses.mean()
+    return (losses * batch["weights"]).sum() / batch["weights"].sum()
 
 
 def make_train_step(

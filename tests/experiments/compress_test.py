@@ -80,6 +80,7 @@ def test_a_grouped_model_recovers_by_training_on(scripts, finished, tmp_path):
     (["--what=prune", "--heads=2"], ["number: wanted", "from 0 to 1", "got 2"]),
     (["--what=prune", "--heads=one"], ["heads: wanted integers", "got one"]),
     (["--what=gqa", "--kv_heads=3"], ["num_kv_heads", "2 key/value heads", "got 3"]),
+    (["--what=distill", "--alpha=2"], ["alpha: wanted a number in [0, 1], got 2.0"]),
     (["--what=gqa", "--out={corpus}"], ["out: wanted a new folder", "corpus"]),
 ])  # fmt: skip
 def test_what_cannot_be_done_ends_in_one_sentence(scripts, finished, tmp_path, flags, words):
