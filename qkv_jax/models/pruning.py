@@ -16,7 +16,8 @@ Heads = Mapping[int, Collection[int]]  # layer -> some of its query heads, both 
 # Heads of these mixers are alike and meet in the projection out alone, so that any may go.
 PRUNABLE = (
     "attention", "sliding_window", "chunked", "longformer", "streaming", "bigbird", "strided",
-    "fixed", "topk", "moba", "sigmoid", "entmax", "sparsemax", "off_by_one", "linear", "performer",
+    "fixed", "topk", "moba", "sigmoid", "entmax", "sparsemax", "off_by_one", "clipped_softmax",
+    "linear", "performer",
 )  # fmt: skip
 
 
