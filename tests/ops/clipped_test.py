@@ -78,6 +78,18 @@ def test_a_row_whose_weights_are_all_clipped_is_0_and_has_no_gradient():
     assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in (out, *gradients))
 
 
+def test_a_forbidden_logit_may_be_as_large_as_it_likes():
+    q, k, v = inputs(batch=1)
+    far = k.at[:, -1].multiply(1e3)  # its exp is infinite
+
+    @jax.jit
+    def before(k):
+        f = lambda k: clipped_softmax_attention(q, k, v, gamma=-0.1, mask=masks.Causal())  # noqa: E731
+        return f(k)[:, :-1], jax.grad(lambda k: f(k)[:, :-1].sum())(k)
+
+    jax.tree.map(np.testing.assert_array_equal, before(far), before(k))
+
+
 def test_the_weights_shown_are_those_of_the_output():
     q, k, v = inputs(heads=(2, 2))
     op = ClippedSoftmax(-0.2)
