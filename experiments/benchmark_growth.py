@@ -16,7 +16,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "chosen keys": ("topk", "moba", "nsa", "memory"),
     "other weights": (
-        "sigmoid", "entmax", "sparsemax", "off_by_one", "sink", "talking_heads", "differential",
+        "sigmoid", "entmax", "sparsemax", "off_by_one", "sink", "clipped_softmax",
+        "gated_attention", "talking_heads", "differential",
     ),
     "other logits and values": (
         "cosine", "forgetting", "cope", "bahdanau", "luong", "value_residual", "latent",

@@ -23,7 +23,10 @@ from qkv_jax.models import (
     prune_heads,
     silence_heads,
 )
+from qkv_jax.ops.cache import CacheKind, QuantizedCache
 from qkv_jax.training.run_directory import RunDirectory, open_run, read_config
+
+INT8_CACHE = "float32, and an int8 cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,40 +37,52 @@ class Compressed:
       models: by their names in a table, the run's own first.
       about: what was done, in words.
       state: of the training of the last one, with which a run can go on; None: it is no run.
+      caches: kinds of caches of keys and values, by the names of those with another than `Cache`.
     """
 
     models: dict[str, Decoder]
     about: str
     state: training.TrainState | None
+    caches: dict[str, CacheKind] = dataclasses.field(default_factory=dict)
 
     @property
     def last(self) -> Decoder:
         return self.models[next(reversed(self.models))]
 
 
-def pruned(trained: TrainedRun, numbers: Sequence[int] | None = None) -> Compressed:
-    """Models without the least important heads, by both ways to rank them.
+def pruned(
+    trained: TrainedRun, numbers: Sequence[int] | None, num_steps: int, rate: float
+) -> Compressed:
+    """Models without the least important heads, by both ways to rank them, and after more training.
 
     Args:
       trained: the run.
       numbers: of heads that go, as for `heads_to_prune`; None: half of all.
+      num_steps, rate: as for `trained_on`, of those ranked one by one; 0 steps: none is trained on.
     """
     whole = nn.merge(trained.graphdef, trained.params)
     every = whole.config.num_layers * whole.config.num_heads
     numbers = [every // 2] if numbers is None else sorted(set(numbers))
-    models = {f"all {every} heads": whole}
     orders = heads_to_prune(trained, numbers)
+    models, state = {f"all {every} heads": whole}, None
+    if num_steps:
+        name = f"all {every} heads, {num_steps} steps more"
+        models[name] = trained_on(trained, whole, num_steps, rate)[0]
     for number in numbers:
         for way, heads in orders.items():
-            models[f"{number} of {every} gone, ranked {way}"] = prune_heads(whole, heads[number])
-    last = models[next(reversed(models))]
-    left = [N for N, _ in last.config.heads_per_layer]
+            name = f"{number} of {every} gone, ranked {way}"
+            models[name] = last = prune_heads(whole, heads[number])
+        if num_steps:
+            name = f"{name}, {num_steps} steps more"
+            models[name], state = trained_on(trained, last, num_steps, rate)
     about = (
         "Heads went in the order of their importance on windows of the training text (Michel et "
         "al. 2019, arxiv.org/abs/1905.10650), ranked at once, or one by one, with what is left "
-        f"ranked again. The last model has {', '.join(map(str, left))} heads in its layers."
+        f"ranked again. {heads_left(last)}"
     )
-    return Compressed(models, about, untrained(trained, last))
+    if num_steps:
+        about += f" {after_steps(trained, num_steps, rate)}"
+    return Compressed(models, about, untrained(trained, last) if state is None else state)
 
 
 def grouped(trained: TrainedRun, num_kv_heads: int, num_steps: int, rate: float) -> Compressed:
@@ -78,6 +93,8 @@ def grouped(trained: TrainedRun, num_kv_heads: int, num_steps: int, rate: float)
       num_kv_heads: K of these models.
       num_steps, rate: as for `trained_on`.
     """
+    if num_steps < 1:
+        raise ValueError(f"steps: wanted at least 1, in which pooled heads settle, got {num_steps}")
     whole = nn.merge(trained.graphdef, trained.params)
     pooled = group_heads(whole, num_kv_heads)
     recovered, state = trained_on(trained, pooled, num_steps, rate)
@@ -89,10 +106,8 @@ def grouped(trained: TrainedRun, num_kv_heads: int, num_steps: int, rate: float)
         f"{fewer}, {num_steps} steps more": recovered,
     }
     about = (
-        "Key/value heads were averaged in groups (Ainslie et al. 2023, arxiv.org/abs/2305.13245), "
-        f"and the model trained on, {num_steps} steps after the run's {trained.step}, with a new "
-        f"optimizer and {rate:g} of the run's learning rates; the whole model too, so that what "
-        "more training gains is seen apart."
+        "Key/value heads were averaged in groups (Ainslie et al. 2023, arxiv.org/abs/2305.13245). "
+        f"{after_steps(trained, num_steps, rate)}"
     )
     return Compressed(models, about, state)
 
@@ -112,13 +127,16 @@ def quantized(trained: TrainedRun, group: int) -> Compressed:
         "int4, a scale for each column": quantize(whole, "int4"),
         f"int4, for {group} numbers": quantize(whole, "int4", group=group),
         "int8, and activations in int8": quantize(whole, activations="int8"),
+        INT8_CACHE: whole,
     }
     about = (
         "Linear layers were quantized by qwix, embeddings and norms not. MB counts four bits as "
-        "half a byte; where JAX does not pack them, in the memory of a CPU, each takes one. A "
-        "quantized model is not saved: a run's config has no field that says so."
+        "half a byte; where JAX does not pack them, in the memory of a CPU, each takes one. The "
+        "last row's model is the first's: it reads keys and values, each token's own too, from a "
+        "cache in int8 with a scale for each token and head. A quantized model is not saved: a "
+        "run's config has no field that says so."
     )
-    return Compressed(models, about, None)
+    return Compressed(models, about, None, {INT8_CACHE: QuantizedCache})
 
 
 def heads_to_prune(
@@ -186,31 +204,68 @@ def trained_on(
     Returns:
       The model, and the state of its training, whose step goes on from the run's.
     """
-    settings, task = trained.settings, trained.task
-    config = dataclasses.replace(
-        settings.optimizer,
-        learning_rate=rate * settings.optimizer.learning_rate,
-        muon_learning_rate=rate * settings.optimizer.muon_learning_rate,
-    )
-    optimizer = training.make_optimizer(config, num_steps)
     graphdef, params = nn.split(model)
-    state = training.TrainState.create(jax.tree.map(jnp.copy, params), optimizer)  # is donated
     if make_loss is None:
-        make_loss = functools.partial(training.cross_entropy_loss, predict=task.predict)
+        make_loss = functools.partial(training.cross_entropy_loss, predict=trained.task.predict)
+    state = train(
+        trained, make_loss(graphdef), params, optimizer_for(trained, num_steps, rate), num_steps
+    )
+    return nn.merge(graphdef, state.params), state
+
+
+def optimizer_for(trained: TrainedRun, num_steps: int, rate: float) -> optax.GradientTransformation:
+    """The run's optimizer and schedule, begun anew; arguments as for `trained_on`."""
+    config = trained.settings.optimizer
+    config = dataclasses.replace(
+        config,
+        learning_rate=rate * config.learning_rate,
+        muon_learning_rate=rate * config.muon_learning_rate,
+    )
+    return training.make_optimizer(config, num_steps)
+
+
+def train(
+    trained: TrainedRun,
+    loss: training.Loss,
+    params: nn.Params,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+) -> training.TrainState:
+    """The state after steps on a run's text, from the window after the run's last one.
+
+    Args:
+      trained: the run, from whose step that of the state goes on.
+      loss: what is lowered.
+      params: where it starts; they stay as they were.
+      optimizer: new.
+      num_steps: how many.
+    """
+    settings = trained.settings
+    state = training.TrainState.create(jax.tree.map(jnp.copy, params), optimizer)  # is donated
     steps = training.make_train_steps(
         training.make_train_step(
-            make_loss(graphdef),
-            optimizer,
-            seed=settings.seed,
-            accumulate=settings.optimizer.accumulate,
+            loss, optimizer, seed=settings.seed, accumulate=settings.optimizer.accumulate
         )
     )
     for done in range(0, num_steps, settings.train.steps_per_dispatch):
         count = min(settings.train.steps_per_dispatch, num_steps - done)
-        state, _ = steps(state, task.train_batches(trained.step + done), count)
-    return nn.merge(graphdef, state.params), dataclasses.replace(
-        state, step=state.step + trained.step
+        state, _ = steps(state, trained.task.train_batches(trained.step + done), count)
+    return dataclasses.replace(state, step=state.step + trained.step)
+
+
+def after_steps(trained: TrainedRun, num_steps: int, rate: float) -> str:
+    """What "steps more" are, in words."""
+    return (
+        f'"{num_steps} steps more": trained on after the run\'s {trained.step} steps, with a new '
+        f"optimizer and {rate:g} of the run's learning rates; the whole model too, so that what "
+        "more training gains is seen apart."
     )
+
+
+def heads_left(model: Decoder) -> str:
+    """How many heads a pruned model has, in words."""
+    left = [model.config.of_layer(layer).num_heads for layer in range(model.config.num_layers)]
+    return f"The last model has {', '.join(map(str, left))} heads in its layers."
 
 
 def untrained(trained: TrainedRun, model: Decoder) -> training.TrainState:

@@ -48,6 +48,8 @@ def distilled(
     Raises:
       ValueError: a student is no model, cannot learn so or be quantized, or is there twice.
     """
+    if num_steps < 1:
+        raise ValueError(f"steps: wanted at least 1, of each student's training, got {num_steps}")
     if len(set(students)) < len(students):
         raise ValueError(f"student: wanted different ones, got {list(students)}")
     wanted = {name: student_settings(trained, name) for name in students}

@@ -7,6 +7,8 @@ from qkv_jax import nn
 from qkv_jax.models import Decoder
 
 DTYPES = ("int8", "int4")
+# Of activations: the axes of x [tokens, D] along which scales differ.
+SCALED = {"int8": (0,), "int8_tensor": ()}
 
 
 class QuantizedLinear(nnx.Module):
@@ -22,7 +24,9 @@ class QuantizedLinear(nnx.Module):
       layer: what it was made of, of [D, F].
       dtype: of `DTYPES`, of the values.
       group: how many rows share a scale; None: all of them.
-      activations: "int8" to quantize x too, with a scale for each token; None: x stays floating.
+      activations: "int8" to quantize x too, with a scale for each token; "int8_tensor" with one for
+        all of x, which the largest number in it sets, as static ranges do: for measuring, as one
+        token's result then depends on all others; None: x stays floating.
 
     Raises:
       ValueError: naming the argument, what came and what was wanted.
@@ -45,8 +49,10 @@ class QuantizedLinear(nnx.Module):
             raise ValueError(
                 f"group: wanted a divisor of the layer's {layer.in_features} inputs, got {group}"
             )
-        if activations not in (None, "int8"):
-            raise ValueError(f"activations: wanted 'int8' or None, got {activations!r}")
+        if activations not in (None, *SCALED):
+            raise ValueError(
+                f"activations: wanted one of {list(SCALED)} or None, got {activations!r}"
+            )
         kernel = layer.kernel[...]
         tiles = {} if group is None else {0: group}
         made = qwix.quantize(kernel, dtype, channelwise_axes=(1,), tiled_axes=tiles)
@@ -61,7 +67,7 @@ class QuantizedLinear(nnx.Module):
 
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         if self.activations is not None:
-            flat = qwix.quantize(flat, self.activations, channelwise_axes=(0,))
+            flat = qwix.quantize(flat, "int8", channelwise_axes=SCALED[self.activations])
         kernel = qwix.QArray(self.values[...], self.scale[...].astype(self.dtype))
         y = qwix.dot_general(flat, kernel, (((1,), (0,)), ((), ())))
         if self.bias is not None:

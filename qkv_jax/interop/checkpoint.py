@@ -120,6 +120,8 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
 def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
     """A model of ours as a checkpoint of an architecture, to be saved.
 
+    A pruned model is one where all of its layers have equally many heads left.
+
     Raises:
       ValueError: the architecture is unknown or not the model's.
     """
@@ -131,8 +133,9 @@ def of_model(model_type: str, model: nnx.Module) -> Checkpoint:
             f"model: {model_type!r} is a {architecture.model.__name__}, got {type(model).__name__}"
         )
     graphdef, params = nn.split(model)
-    _written_config(architecture, model.config)  # checks that it is one
-    return Checkpoint(architecture, model.config, graphdef, params)
+    config = _with_equal_heads(model.config)
+    _written_config(architecture, config)  # checks that it is one
+    return Checkpoint(architecture, config, graphdef, params)
 
 
 # --- Configs --------------------------------------------------------------------------------------
@@ -208,6 +211,25 @@ def _written_config(architecture: Architecture, config: Any) -> Json:
         **architecture.required,
         **architecture.write(values),
     }
+
+
+def _with_equal_heads(config: Any) -> Any:
+    """The config of a model, pruned or not, that says once how many heads all layers have.
+
+    Raises:
+      ValueError: they have different numbers.
+    """
+    heads = getattr(config, "heads_per_layer", None)
+    if heads is None:
+        return config
+    if len(set(heads)) > 1:
+        raise ValueError(
+            "model.heads_per_layer: a config.json has one number of heads for all layers, got "
+            f"{heads}, (heads, key/value heads) of each layer of a pruned model"
+        )
+    N, K = heads[0]
+    fewer = None if K == N else K
+    return dataclasses.replace(config, num_heads=N, num_kv_heads=fewer, heads_per_layer=None)
 
 
 def _value(config: Any, name: str) -> Any:

@@ -11,6 +11,14 @@ from qkv_jax.models.encoder import (
     SpanClassifier,
 )
 from qkv_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from qkv_jax.models.gates import (
+    closed_heads,
+    gated,
+    open_gates,
+    probability_open,
+    sampled_gates,
+    settled_gates,
+)
 from qkv_jax.models.grouping import group_heads
 from qkv_jax.models.lens import logit_lens
 from qkv_jax.models.maps import (
@@ -23,7 +31,13 @@ from qkv_jax.models.maps import (
     watched_inputs,
 )
 from qkv_jax.models.mixers import MIXERS, Mixer
-from qkv_jax.models.pruning import PRUNABLE, least_important, prune_heads, silence_heads
+from qkv_jax.models.pruning import (
+    PRUNABLE,
+    least_important,
+    prune_heads,
+    scale_heads,
+    silence_heads,
+)
 from qkv_jax.models.recurrent import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 
 __all__ = [
@@ -47,14 +61,21 @@ __all__ = [
     "attention_gradients",
     "attention_inputs",
     "attention_maps",
+    "closed_heads",
     "encoder_decoder_maps",
+    "gated",
     "group_heads",
     "head_importance",
     "interpolate_positions",
     "least_important",
     "logit_lens",
     "measures",
+    "open_gates",
+    "probability_open",
     "prune_heads",
+    "sampled_gates",
+    "scale_heads",
+    "settled_gates",
     "silence_heads",
     "state_size",
     "watched_inputs",

@@ -202,7 +202,7 @@ def block_states(
     """
     first_values = None  # those of the first layer that hands its values down
     for block, rng in zip(blocks, rngs, strict=True):
-        own, first_values = _own_arguments(config, block, x, score, first_values)
+        own, first_values = own_arguments(config, block, x, score, first_values)
         apply = functools.partial(block, mask=mask, positions=positions, **shared, **own)
         if config.remat:
             apply = jax.checkpoint(apply)
@@ -240,13 +240,13 @@ def extend_blocks(
     first_values, after = None, []
     own = [{}] * len(blocks) if own is None else own
     for block, cache, given in zip(blocks, caches, own, strict=True):
-        kwargs, first_values = _own_arguments(config, block, x, score, first_values)
+        kwargs, first_values = own_arguments(config, block, x, score, first_values)
         x, cache = block.extend(x, cache, **shared, **given, **kwargs)
         after.append(cache)
     return x, after
 
 
-def _own_arguments(
+def own_arguments(
     config: TransformerConfig,
     block: nn.TransformerBlock | CrossBlock,
     x: jax.Array,

@@ -15,7 +15,7 @@ from flax import nnx
 
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig, one_of
-from qkv_jax.ops import features, lowrank, moba, normalizers, sparse, streaming, top_k
+from qkv_jax.ops import clipped, features, lowrank, moba, normalizers, sparse, streaming, top_k
 from qkv_jax.ops.native_sparse import Pattern
 
 HEADS = ("num_kv_heads", "head_dim", "share_kv", "share_qk")
@@ -206,6 +206,11 @@ MIXERS: dict[str, Mixer] = {
     "sparsemax": _attention(op=Op(normalizers.Entmax, alpha=2.0)),
     "off_by_one": _attention(op=normalizers.off_by_one_attention),
     "sink": _attention(nn.SinkAttention),
+    # With the stretch of Bondarenko et al. 2023 for their BERT, alpha = 4.
+    "clipped_softmax": _attention(
+        op=Op(clipped.ClippedSoftmax, gamma=lambda config, _: -4 / config.context)
+    ),
+    "gated_attention": _attention(nn.GatedAttention),
     "cosine": _attention(nn.CosineAttention),
     "talking_heads": _attention(nn.TalkingHeadsAttention),
     "differential": _attention(

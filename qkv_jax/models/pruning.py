@@ -1,7 +1,7 @@
 """Heads removed from a trained decoder, whose matrices become smaller."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ Heads = Mapping[int, Collection[int]]  # layer -> some of its query heads, both 
 # Heads of these mixers are alike and meet in the projection out alone, so that any may go.
 PRUNABLE = (
     "attention", "sliding_window", "chunked", "longformer", "streaming", "bigbird", "strided",
-    "fixed", "topk", "moba", "sigmoid", "entmax", "sparsemax", "off_by_one", "linear", "performer",
+    "fixed", "topk", "moba", "sigmoid", "entmax", "sparsemax", "off_by_one", "clipped_softmax",
+    "linear", "performer",
 )  # fmt: skip
 
 
@@ -65,16 +66,38 @@ def silence_heads(model: Decoder, heads: Heads) -> Decoder:
     Raises:
       ValueError: there is no such layer or head, or it cannot go.
     """
+    _check_layers(model.config, heads)
+    factors = {}
+    for layer, gone in heads.items():
+        N = model.blocks[layer].mixer.num_heads
+        _check_heads(layer, N, gone)
+        factors[layer] = np.isin(np.arange(N), list(gone), invert=True).astype(np.float32)
+    return scale_heads(model, factors)
+
+
+def scale_heads(model: Decoder, factors: Mapping[int, jax.Array | np.ndarray]) -> Decoder:
+    """The decoder with heads' outputs times factors, which its projections out take in.
+
+    Args:
+      model: it stays as it was.
+      factors: layer -> [N], floating, possibly traced.
+
+    Raises:
+      ValueError: there is no such layer, it has another number of heads, or they cannot be scaled.
+    """
     graphdef, params = nn.split(model)
     blocks = dict(params["blocks"])
-    _check_layers(model.config, heads)
-    for layer, gone in heads.items():
-        mixer = model.blocks[layer].mixer
-        _check_heads(layer, mixer.num_heads, gone)
-        speaks = np.isin(np.arange(mixer.num_heads), list(gone), invert=True)
-        speaks = jnp.repeat(jnp.asarray(speaks), mixer.head_dim)[:, None]
-        own = dict(blocks[layer]["mixer"])
-        own["out"] = own["out"] | {"kernel": jnp.where(speaks, own["out"]["kernel"], 0)}
+    _check_layers(model.config, factors)
+    for layer, factor in factors.items():
+        mixer, own = model.blocks[layer].mixer, dict(blocks[layer]["mixer"])
+        if np.shape(factor) != (mixer.num_heads,):
+            raise ValueError(
+                f"factors: wanted one for each of the {mixer.num_heads} heads of layer {layer}, "
+                f"got the shape {list(np.shape(factor))}"
+            )
+        kernel = own["out"]["kernel"]
+        rows = jnp.repeat(jnp.asarray(factor, kernel.dtype), mixer.head_dim)[:, None]
+        own["out"] = own["out"] | {"kernel": rows * kernel}
         blocks[layer] = blocks[layer] | {"mixer": own}
     return nn.merge(graphdef, params | {"blocks": blocks})
 
@@ -104,25 +127,50 @@ def least_important(
     Raises:
       ValueError: so many cannot go, or they are no whole groups.
     """
-    L, N = importance.shape
-    K = N if num_kv_heads is None else num_kv_heads
-    G = N // K
-    if number % G or not 0 <= number <= L * (N - G):
+    N = importance.shape[1]
+    G = N // (N if num_kv_heads is None else num_kv_heads)
+    norms = np.linalg.norm(importance, axis=1, keepdims=True)
+    shares = (importance / np.maximum(norms, 1e-30)).reshape(len(importance), -1, G).sum(-1)
+    went = {(layer, head // G) for layer, heads in (gone or {}).items() for head in heads}
+    return lowest(dict(enumerate(shares)), number, G, first=went)
+
+
+def lowest(
+    values: Mapping[int, np.ndarray],
+    number: int,
+    group: int,
+    *,
+    first: Collection[tuple[int, int]] = (),
+) -> dict[int, list[int]]:
+    """The heads with the lowest values, but never a layer's last.
+
+    Args:
+      values: layer -> [K], of its key/value heads.
+      number: of query heads, counted with those of `first`.
+      group: G, the query heads of a key/value head, which are in or out together.
+      first: (layer, key/value head) that come before all others.
+
+    Returns:
+      Layer -> query heads, in order.
+
+    Raises:
+      ValueError: there are not so many, or they are no whole groups.
+    """
+    left = {layer: len(x) for layer, x in values.items()}
+    most = group * sum(K - 1 for K in left.values())
+    if number % group or not 0 <= number <= most:
         raise ValueError(
-            f"number: wanted a multiple of {G} from 0 to {L * (N - G)}, the heads of all layers "
+            f"number: wanted a multiple of {group} from 0 to {most}, the heads of all layers "
             f"but one group each, got {number}"
         )
-    norms = np.linalg.norm(importance, axis=1, keepdims=True)
-    groups = (importance / np.maximum(norms, 1e-30)).reshape(L, K, G).sum(-1)
-    went = {(layer, head // G) for layer, heads in (gone or {}).items() for head in heads}
-    order = sorted(np.ndindex(L, K), key=lambda at: (at not in went, groups[at]))
-    left, chosen = [K] * L, []
-    for layer, group in order:
-        if len(chosen) < number // G and left[layer] > 1:
+    every = [(layer, k) for layer, K in left.items() for k in range(K)]
+    chosen: list[tuple[int, int]] = []
+    for layer, k in sorted(every, key=lambda at: (at not in first, values[at[0]][at[1]])):
+        if len(chosen) < number // group and left[layer] > 1:
             left[layer] -= 1
-            chosen.append((layer, group))
+            chosen.append((layer, k))
     return {
-        layer: sorted(g * G + i for at, g in chosen if at == layer for i in range(G))
+        layer: sorted(k * group + i for at, k in chosen if at == layer for i in range(group))
         for layer in sorted({at for at, _ in chosen})
     }
 
@@ -133,11 +181,11 @@ def rebuilt(config: DecoderConfig, params: nn.Params) -> Decoder:
     return nn.merge(graphdef, params)
 
 
-def _check_layers(config: DecoderConfig, heads: Heads) -> None:
+def _check_layers(config: DecoderConfig, heads: Mapping[int, Sized]) -> None:
     for layer in heads:
         if layer not in range(config.num_layers):
             raise ValueError(f"heads: wanted layers from 0 to {config.num_layers - 1}, got {layer}")
-        if heads[layer] and config.mixers[layer] not in PRUNABLE:
+        if len(heads[layer]) and config.mixers[layer] not in PRUNABLE:
             raise ValueError(
                 f"heads: layer {layer} is {config.mixers[layer]!r}; only the heads of these "
                 f"mixers can go: {', '.join(PRUNABLE)}"

@@ -10,6 +10,7 @@ from qkv_jax.nn.embedding import LearnedPositions, SinusoidalPositions
 from qkv_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from qkv_jax.nn.forgetting import ForgettingAttention
 from qkv_jax.nn.functional import Params, count, merge, split
+from qkv_jax.nn.gated_attention import GatedAttention
 from qkv_jax.nn.heads import DifferentialAttention, TalkingHeadsAttention
 from qkv_jax.nn.latent import LatentAttention
 from qkv_jax.nn.linear import Linear, project
@@ -43,6 +44,7 @@ __all__ = [
     "DifferentialAttention",
     "FeedForward",
     "ForgettingAttention",
+    "GatedAttention",
     "GatedConvolution",
     "GatedDeltaNet",
     "GatedLinearAttention",

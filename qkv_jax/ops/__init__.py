@@ -16,6 +16,7 @@ from qkv_jax.ops.additive import additive_attention, local_attention
 from qkv_jax.ops.arguments import Stats
 from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.clipped import ClippedSoftmax, clipped_softmax_attention
 from qkv_jax.ops.convolution import causal_convolution, centred_convolution, long_convolution
 from qkv_jax.ops.cope import cope_attention
 from qkv_jax.ops.cosine import cosine_attention
@@ -50,6 +51,7 @@ from qkv_jax.ops.top_k import TopK, top_k_attention
 
 __all__ = [
     "Blockwise",
+    "ClippedSoftmax",
     "Entmax",
     "Explanation",
     "LinearAttention",
@@ -69,6 +71,7 @@ __all__ = [
     "cache",
     "causal_convolution",
     "centred_convolution",
+    "clipped_softmax_attention",
     "cope_attention",
     "cosine_attention",
     "delta_rule",

@@ -20,6 +20,7 @@ from qkv_jax.models import (
     EncoderDecoder,
     EncoderDecoderConfig,
     MaskedLanguageModel,
+    prune_heads,
 )
 from tests.parameters import randomised
 
@@ -87,6 +88,26 @@ def test_what_is_saved_is_read_back_to_the_bit(model_type, dtype, tmp_path):
     wanted = nn.merge(ours.graphdef, jax.tree.map(lambda x: x.astype("float32"), kept))(*tokens)
     loaded = interop.load(tmp_path / "new" / "folder").model
     np.testing.assert_allclose(loaded(*tokens), wanted, atol=1e-5)
+
+
+def test_a_pruned_model_is_saved_where_its_layers_have_equally_many_heads(tmp_path):
+    pruned = prune_heads(model_of("llama"), {0: [0, 1, 2], 1: [3, 4, 5]})  # a group of each
+    interop.save(tmp_path, interop.of_model("llama", pruned))
+    loaded = interop.load(tmp_path)
+    assert (loaded.config.num_heads, loaded.config.num_kv_heads) == (3, 1)
+    tokens = np.arange(T)[None] % V
+    np.testing.assert_allclose(loaded.model(tokens), pruned(tokens), atol=1e-5)
+
+
+def test_a_model_with_other_heads_in_each_layer_is_refused():
+    pruned = prune_heads(model_of("llama"), {1: [3, 4, 5]})
+    wanted = r"model\.heads_per_layer: .* one number of heads .* got \(\(6, 2\), \(3, 1\)\)"
+    for model_type in ("llama", "gpt2"):
+        with pytest.raises(ValueError, match=wanted):
+            interop.of_model(model_type, pruned)
+    pruned = prune_heads(model_of("gpt2"), {0: [1], 1: [2]})
+    with pytest.raises(ValueError, match=r"model\.head_dim: .*'gpt2' has None, got 4"):
+        interop.of_model("gpt2", pruned)
 
 
 def test_a_matrix_is_written_as_it_is_and_not_as_it_lies_in_memory(tmp_path):

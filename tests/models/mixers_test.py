@@ -103,6 +103,7 @@ def test_padding_changes_no_bidirectional_output(name):
 SETS = (
     "attention", "topk", "sigmoid", "entmax", "sparsemax", "off_by_one", "talking_heads", "linear",
     "differential", "cosine", "performer", "latent", "bahdanau", "luong", "value_residual",
+    "clipped_softmax", "gated_attention",
 )  # fmt: skip
 
 

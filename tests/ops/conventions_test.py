@@ -21,6 +21,7 @@ import pytest
 from qkv_jax import ops
 from qkv_jax.ops import (
     additive,
+    clipped,
     cope,
     cosine,
     forgetting,
@@ -144,6 +145,7 @@ OPS = {
     "sparsemax": Op(normalizers.sparsemax_attention),
     "off_by_one": Op(normalizers.off_by_one_attention),
     "sigmoid": Op(normalizers.Sigmoid()),
+    "clipped_softmax": Op(clipped.ClippedSoftmax(-0.05, 1.1)),
     "talking_heads": Op(talking_heads, alone=False),
     "differential": Op(differential, alone=False),
     "cosine": Op(cosines),

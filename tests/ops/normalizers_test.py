@@ -1,4 +1,4 @@
-"""Sigmoid, sparsemax, entmax and the softmax off by one, against NumPy, and as attention."""
+"""Sigmoid, sparsemax, entmax, softmaxes off by one and clipped: against NumPy, as attention."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qkv_jax.ops import masks, scores
+from qkv_jax.ops.clipped import ClippedSoftmax
 from qkv_jax.ops.dropout import keep_mask
 from qkv_jax.ops.normalizers import (
     Entmax,
@@ -187,6 +188,11 @@ def numpy_off_by_one(row):
     return np.exp(row) / (1 + np.exp(row).sum())
 
 
+def numpy_clipped(row, gamma, zeta):
+    softmax = np.exp(row) / np.exp(row).sum()
+    return np.clip((zeta - gamma) * softmax + gamma, 0, 1)
+
+
 # The op, and in NumPy the weights of the logits that a row allows.
 OPS = {
     "entmax": (entmax_attention, lambda row: numpy_entmax(row, 1.5)),
@@ -195,6 +201,8 @@ OPS = {
     "sigmoid": (sigmoid_attention, numpy_sigmoid),
     "sigmoid -1": (Sigmoid(-1.0), lambda row: numpy_sigmoid(row, -1.0)),
     "off by one": (off_by_one_attention, numpy_off_by_one),
+    "clipped": (ClippedSoftmax(-0.1), lambda row: numpy_clipped(row, -0.1, 1.0)),
+    "clipped twice": (ClippedSoftmax(-0.1, 1.4), lambda row: numpy_clipped(row, -0.1, 1.4)),
 }
 every_op = pytest.mark.parametrize("name", OPS)
 # Batch row 0 may attend to nothing; in row 1, neither may the first two queries.
