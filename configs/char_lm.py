@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     # python_docs: what every Python carries | text_file: data.path
     # aozora: the same of Aozora Bunko, without ruby, notes and colophon
+    # token_files: the folder data.path that experiments.prepare_tokens has made, of any size
+    # token_documents (causal_lm): the same, attention staying within a document
     data.corpus = "python_docs"
     data.path = placeholder(str)  # a file, a glob or a folder; see also data.pairs
     data.tokenizer = "char"  # char | byte | bpe | unigram (SentencePiece) | mecab (Japanese words)

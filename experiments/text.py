@@ -1,36 +1,175 @@
-"""A corpus in tokens, and what binds a run to it."""
+"""A corpus in tokens, how windows are drawn from it, and what binds a run to it."""
 
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from configs import char_lm
 from qkv_jax import data
+from qkv_jax.data.batches import Batch
 from qkv_jax.training.run_directory import RunDirectory, write_text_atomic
 
 if TYPE_CHECKING:
     from experiments.setup import DataConfig
 
 
+TOKEN_FILES, TOKEN_DOCUMENTS = "token_files", "token_documents"  # corpora in tokens already
+FLOOR_TOKENS = 2**22  # of token files, from which the floors count: their memory grows with them
+DECODED_TOKENS = 2**20  # of token files, at once
+MAPPED_WINDOWS = 32  # of token files, at once
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A corpus in tokens, split by position."""
 
-    corpus: data.Corpus
+    corpus: data.Corpus | data.TokenFiles
     tokenizer: data.Tokenizer
     train: np.ndarray  # integers [any number]
     validation: np.ndarray
+
+    about_floors = "The floors are predictors that count, with add-one smoothing"
 
     @property
     def validation_characters(self) -> int:
         return len(self.tokenizer.decode(self.validation))
 
+    @property
+    def validation_targets(self) -> int:
+        """The tokens that a model which goes through the validation text predicts."""
+        return len(self.validation) - 1
+
     @functools.cached_property
     def floors(self) -> dict[str, float]:
         """Validation losses, in nats per token, of predictors that only count."""
         return data.ngram_floors(self.train, self.validation, self.tokenizer.vocab_size)
+
+    def with_validation(self, corpus: data.Corpus, tokens: np.ndarray) -> "Text":
+        """The same with another text to validate on."""
+        return dataclasses.replace(self, corpus=corpus, validation=tokens)
+
+    def train_windows(self, *, rows: slice = data.EVERY_ROW, **windows: int) -> Batch:
+        """Random windows to train on: the arguments are those of `data.stacked_windows`."""
+        batch = data.stacked_windows(self.train, **windows)
+        return {name: array[:, rows] for name, array in batch.items()}
+
+    def random_windows(self, **windows: int) -> Batch:
+        """Random windows of the validation text: as `data.random_windows`."""
+        return data.random_windows(self.validation, stream=data.EVALUATION, **windows)
+
+    def all_windows(self, *, batch_size: int, context: int) -> Iterator[Batch]:
+        """Windows in which every token but the first is a target once."""
+        return data.sequential_windows(self.validation, batch_size=batch_size, context=context)
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedText(Text):
+    """Token files, of which only the windows are read, each once an epoch.
+
+    With documents, windows say which of them each token is of, and no document's first token is a
+    target.
+    """
+
+    files: data.TokenFiles
+    train_documents: np.ndarray | None = None  # where they start, int64 [any number]
+    validation_documents: np.ndarray | None = None
+
+    about_floors = (
+        f"The floors are predictors that count, with add-one smoothing, in the first "
+        f"{FLOOR_TOKENS:,} tokens of each part at most"
+    )
+
+    @classmethod
+    def load(
+        cls, config: "DataConfig", files: data.TokenFiles, tokenizer: data.Tokenizer
+    ) -> "MappedText":
+        """The text of a config whose corpus is token files."""
+        train, validation = data.split(
+            files.tokens, config.validation_fraction, context=config.context
+        )
+        text = cls(files, tokenizer, train, validation, files)
+        if config.corpus == TOKEN_FILES:
+            return text
+        boundary, end = len(train), len(files.tokens)
+        return dataclasses.replace(
+            text,
+            train_documents=files.documents_within(0, boundary),
+            validation_documents=files.documents_within(boundary, end),
+        )
+
+    @property
+    def validation_characters(self) -> int:
+        """Up to three more for each cut, where a character of several tokens is in two."""
+        cuts = range(0, len(self.validation), DECODED_TOKENS)
+        decode = self.tokenizer.decode
+        return sum(len(decode(self.validation[cut : cut + DECODED_TOKENS])) for cut in cuts)
+
+    @property
+    def validation_targets(self) -> int:
+        documents = self.validation_documents
+        return len(self.validation) - (1 if documents is None else len(documents))
+
+    @functools.cached_property
+    def floors(self) -> dict[str, float]:
+        parts = (part[:FLOOR_TOKENS] for part in (self.train, self.validation))
+        return data.ngram_floors(*parts, self.tokenizer.vocab_size)
+
+    def with_validation(self, corpus: data.Corpus, tokens: np.ndarray) -> "Text":
+        one = None if self.validation_documents is None else np.zeros(1, np.int64)
+        return dataclasses.replace(self, corpus=corpus, validation=tokens, validation_documents=one)
+
+    def train_windows(self, *, rows: slice = data.EVERY_ROW, **windows: int) -> Batch:
+        return self._shuffled(self.train, self.train_documents, rows=rows, **windows)
+
+    def random_windows(self, **windows: int) -> Batch:
+        tokens, documents = self.validation, self.validation_documents
+        windows = {"num_steps": 1, "stream": data.EVALUATION, **windows}
+        batch = self._shuffled(tokens, documents, rows=data.EVERY_ROW, **windows)
+        return {name: array[0] for name, array in batch.items()}
+
+    def _shuffled(
+        self,
+        tokens: np.ndarray,
+        documents: np.ndarray | None,
+        *,
+        num_steps: int,
+        batch_size: int,
+        rows: slice,
+        **windows: int,
+    ) -> Batch:
+        """`data.shuffled_windows`, a few at a time: what they are read from stays mapped so long.
+
+        The system maps up to megabytes around what is read.
+        """
+        self.files.check_unchanged()
+        rows, few = range(batch_size)[rows], max(1, MAPPED_WINDOWS // num_steps)
+        batches = []
+        for first in range(0, len(rows), few):
+            some = rows[first : first + few]
+            batch = data.shuffled_windows(
+                tokens, num_steps=num_steps, batch_size=batch_size, documents=documents,
+                rows=slice(some.start, some.stop, some.step), **windows,
+            )  # fmt: skip
+            batches.append(self.files.checked(batch))
+        return {
+            name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]
+        }
+
+    def all_windows(self, *, batch_size: int, context: int) -> Iterator[Batch]:
+        tokens, documents = self.validation, self.validation_documents
+        sizes = {"batch_size": batch_size, "context": context}
+        batches = (
+            data.sequential_windows(tokens, **sizes)
+            if documents is None
+            else data.sequential_documents(tokens, documents, **sizes)
+        )
+        for batch in batches:
+            self.files.check_unchanged()
+            yield self.files.checked(batch)
 
 
 def load_text(config: "DataConfig", tokenizer: data.Tokenizer | None = None) -> Text:
@@ -40,6 +179,11 @@ def load_text(config: "DataConfig", tokenizer: data.Tokenizer | None = None) -> 
       ValueError: the corpus is missing, binary, empty or shorter than a window, or the tokenizer
         does not know it.
     """
+    if config.corpus in (TOKEN_FILES, TOKEN_DOCUMENTS):
+        return _load_token_files(config, tokenizer)
+    if config.corpus not in data.CORPORA:
+        known = ", ".join([*data.CORPORA, TOKEN_FILES, TOKEN_DOCUMENTS])
+        raise ValueError(f"corpus {config.corpus!r} is unknown; wanted one of: {known}")
     corpus = data.load_corpus(config.corpus, config.path)
     if tokenizer is None:
         tokenizer = data.build_tokenizer(
@@ -48,6 +192,28 @@ def load_text(config: "DataConfig", tokenizer: data.Tokenizer | None = None) -> 
     tokens = data.pack_tokens(tokenizer.encode(corpus.text), tokenizer.vocab_size)
     train, validation = data.split(tokens, config.validation_fraction, context=config.context)
     return Text(corpus, tokenizer, train, validation)
+
+
+def _load_token_files(config: "DataConfig", tokenizer: data.Tokenizer | None) -> MappedText:
+    if not config.path:
+        raise ValueError(
+            f"corpus {config.corpus!r} needs a path: a folder of experiments.prepare_tokens"
+        )
+    files = data.TokenFiles.open(config.path)
+    own, defaults = files.tokenizer, char_lm.get_config().data
+    for name in ("tokenizer", "vocab_size", "tokenizer_path"):
+        value = getattr(config, name)
+        if value not in (defaults[name], own.name if name == "tokenizer" else defaults[name]):
+            raise ValueError(
+                f"config.data.{name}: {value!r} was set, but config.data.corpus = "
+                f"{config.corpus!r} has the tokenizer of its folder, {own.name!r} of "
+                f"{own.vocab_size} ids"
+            )
+    if tokenizer is not None and tokenizer.to_json() != own.to_json():
+        raise ValueError(
+            f"config.data.path: {config.path} holds tokens of another tokenizer than the run's"
+        )
+    return MappedText.load(config, files, own)
 
 
 def keep_text(run: RunDirectory, text: Text) -> None:
@@ -63,13 +229,13 @@ def keep_text(run: RunDirectory, text: Text) -> None:
     keep_corpus(run, now, text.tokenizer, what="text")
 
 
-def about(corpus: data.Corpus) -> dict[str, Any]:
+def about(corpus: data.Corpus | data.TokenFiles) -> dict[str, Any]:
     """What identifies a corpus."""
     return {
         "name": corpus.name,
         "source": corpus.source,
         "sha256": corpus.sha256,
-        "characters": len(corpus.text),
+        "characters": corpus.characters,
     }
 
 

@@ -1,7 +1,9 @@
 """A model that fills in hidden tokens."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -9,9 +11,13 @@ from flax import nnx
 
 from experiments.tasks.task import Example
 from experiments.tasks.text import TextTask
+from experiments.text import TOKEN_DOCUMENTS, TOKEN_FILES
 from qkv_jax import data, nn
 from qkv_jax.data.batches import Batch
 from qkv_jax.models import EncoderConfig, MaskedLanguageModel
+
+if TYPE_CHECKING:
+    from experiments.setup import Settings
 
 BLANK = "□"
 MASK = "[MASK]"  # in a text that a person asks about
@@ -32,24 +38,30 @@ class MaskedLM(TextTask):
         "it is neither a decoder's loss nor the probability of a text."
     )
 
+    def __init__(self, settings: Settings, tokenizer: data.Tokenizer | None = None):
+        super().__init__(settings, tokenizer)
+        if settings.data.corpus == TOKEN_DOCUMENTS:
+            raise ValueError(
+                f"config.data.corpus: {TOKEN_DOCUMENTS!r} is for config.task = 'causal_lm'; "
+                f"wanted {TOKEN_FILES!r}"
+            )
+
     def train_batches(self, step: int) -> Batch:
-        return data.stacked_masked_windows(
-            self.text.train,
-            step=step,
-            num_steps=self.settings.train.steps_per_dispatch,
-            **self.settings.windows,
-            **self._masking,
+        windows = self.text.train_windows(
+            step=step, num_steps=self.settings.train.steps_per_dispatch, **self.settings.windows
+        )
+        return data.mask_windows(
+            windows["inputs"], seed=self.settings.seed, step=step, **self._masking
         )
 
     def eval_batches(self) -> Iterator[Batch]:
         for step in range(self.settings.train.eval_batches):
-            yield data.masked_windows(
-                self.text.validation,
-                step=step,
-                stream=data.EVALUATION,
-                **self.settings.windows,
-                **self._masking,
-            )
+            windows = self.text.random_windows(step=step, **self.settings.windows)
+            batch = data.mask_windows(
+                windows["inputs"][None], seed=self.settings.seed, step=step,
+                stream=data.EVALUATION, **self._masking,
+            )  # fmt: skip
+            yield {name: array[0] for name, array in batch.items()}
 
     def all_batches(self) -> Iterator[Batch]:
         return data.sequential_masked_windows(

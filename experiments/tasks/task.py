@@ -95,6 +95,10 @@ class Task(abc.ABC):
     def train_batches(self, step: int) -> Batch:
         """The batches of one dispatch, from `step` on: [steps, B, ...]."""
 
+    def train_rows(self, step: int, rows: slice) -> Batch:
+        """Some rows of each of these batches: what one of several processes reads."""
+        return {name: array[:, rows] for name, array in self.train_batches(step).items()}
+
     @abc.abstractmethod
     def eval_batches(self) -> Iterator[Batch]:
         """Batches that were not trained on, the same each time: for looking while training."""

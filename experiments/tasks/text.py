@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.tasks.task import Example, Task
-from experiments.text import Text, keep_text, load_text
+from experiments.text import TOKEN_DOCUMENTS, Text, keep_text, load_text
 from qkv_jax import data, inference, nn, training
 from qkv_jax.data.batches import Batch
 from qkv_jax.models import Decoder, DecoderConfig, interpolate_positions
@@ -67,13 +66,13 @@ class TextTask(Task):
         tokens = data.pack_tokens(self.tokenizer.encode(other.text), self.tokenizer.vocab_size)
         if len(tokens) < 2:
             raise ValueError(f"text: {path} has {len(tokens)} token; wanted at least 2")
-        self.text = dataclasses.replace(self.text, corpus=other, validation=tokens)
+        self.text = self.text.with_validation(other, tokens)
         self._validated = "all of"
 
     @property
     def source(self) -> str:
         corpus = self.text.corpus
-        return f"text: {corpus.source}, {len(corpus.text):,} characters"
+        return f"text: {corpus.source}, {corpus.characters:,} characters"
 
     @property
     def validation(self) -> str:
@@ -104,7 +103,7 @@ class TextTask(Task):
             "",
             self.table(scores),
             "",
-            f"{self.about_loss} The floors are predictors that count, with add-one smoothing; "
+            f"{self.about_loss} {self.text.about_floors}; "
             f"the model's likeliest token is right {scores['accuracy']:.1%} of the time.",
             *_longer_lines(scores),
         ]
@@ -121,8 +120,8 @@ class TextTask(Task):
         return "\n".join(lines)
 
     def _bits(self, loss: float) -> float:
-        tokens, characters = len(self.text.validation) - 1, self.text.validation_characters
-        return data.bits_per_character(loss, tokens, characters)
+        text = self.text
+        return data.bits_per_character(loss, text.validation_targets, text.validation_characters)
 
     def read(self, text: str) -> Example:
         """A text as the model reads it.
@@ -141,7 +140,7 @@ class TextTask(Task):
     def about_data(self) -> list[str]:
         text = self.text
         return [
-            f"- text: {text.corpus.source}; {len(text.corpus.text):,} characters, sha256 "
+            f"- text: {text.corpus.source}; {text.corpus.characters:,} characters, sha256 "
             f"`{text.corpus.sha256}`",
             f"- tokens: {self.tokenizer.name}, vocabulary {self.tokenizer.vocab_size}; "
             f"{len(text.train):,} to train on, {len(text.validation):,} to validate",
@@ -172,26 +171,34 @@ class CausalLM(TextTask):
     unit = "token"
     about_loss = "Every token but the first is predicted once, from those before it in its window."
 
-    def train_batches(self, step: int) -> Batch:
+    def __init__(self, settings: Settings, tokenizer: data.Tokenizer | None = None):
+        super().__init__(settings, tokenizer)
+        if settings.data.corpus == TOKEN_DOCUMENTS:
+            self.predict = training.predict_documents
+            self.about_loss = (
+                "Every token but each document's first is predicted once, from those of its "
+                "document before it in its window."
+            )
+
+    def train_rows(self, step: int, rows: slice) -> Batch:
         settings = self.settings
-        return data.stacked_windows(
-            self.text.train,
+        return self.text.train_windows(
             step=step,
             num_steps=settings.train.steps_per_dispatch,
+            rows=rows,
             **settings.windows,
         )
 
+    def train_batches(self, step: int) -> Batch:
+        return self.train_rows(step, data.EVERY_ROW)
+
     def eval_batches(self) -> Iterator[Batch]:
         for step in range(self.settings.train.eval_batches):
-            yield data.random_windows(
-                self.text.validation, step=step, stream=data.EVALUATION, **self.settings.windows
-            )
+            yield self.text.random_windows(step=step, **self.settings.windows)
 
     def all_batches(self) -> Iterator[Batch]:
-        return data.sequential_windows(
-            self.text.validation,
-            batch_size=self.settings.train.batch_size,
-            context=self.settings.data.context,
+        return self.text.all_windows(
+            batch_size=self.settings.train.batch_size, context=self.settings.data.context
         )
 
     def measure(self, graphdef: nnx.GraphDef, params: nn.Params) -> dict[str, float]:
@@ -211,8 +218,7 @@ class CausalLM(TextTask):
 
     def _longer(self, model: nnx.Module, factor: int) -> float:
         graphdef, params = nn.split(model)
-        batches = data.sequential_windows(
-            self.text.validation,
+        batches = self.text.all_windows(
             batch_size=-(-self.settings.train.batch_size // factor),
             context=self.settings.data.context * factor,
         )

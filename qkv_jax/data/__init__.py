@@ -35,6 +35,7 @@ from qkv_jax.data.floors import bits_per_character, ngram_floors
 from qkv_jax.data.japanese_bert import JapaneseBertTokenizer
 from qkv_jax.data.listops import listops
 from qkv_jax.data.masking import (
+    mask_windows,
     masked_windows,
     sequential_masked_windows,
     stacked_masked_windows,
@@ -46,8 +47,16 @@ from qkv_jax.data.passages import same_document, which_document
 from qkv_jax.data.pretrained import TOKENIZER_FILES, pretrained_tokenizer
 from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
+from qkv_jax.data.shuffled import (
+    EVERY_ROW,
+    rows_of_process,
+    sequential_documents,
+    shuffled_windows,
+)
 from qkv_jax.data.spans import passages
 from qkv_jax.data.special_tokens import FramedTokenizer
+from qkv_jax.data.token_files import TokenFiles
+from qkv_jax.data.token_writing import Reading, write_token_files
 from qkv_jax.data.tokenizer_json import BpeTokenizer, JsonTokenizer
 from qkv_jax.data.tokenizers import (
     TOKENIZERS,
@@ -61,6 +70,7 @@ from qkv_jax.data.unigram import UnigramTokenizer
 __all__ = [
     "CORPORA",
     "EVALUATION",
+    "EVERY_ROW",
     "PAIRS",
     "TEST",
     "TOKENIZERS",
@@ -75,6 +85,8 @@ __all__ = [
     "JsonTokenizer",
     "MecabTokenizer",
     "Pairs",
+    "Reading",
+    "TokenFiles",
     "TokenPairs",
     "Tokenizer",
     "UnigramTokenizer",
@@ -90,6 +102,7 @@ __all__ = [
     "listops",
     "load_corpus",
     "load_pairs",
+    "mask_windows",
     "masked_sentences",
     "masked_windows",
     "modular_addition",
@@ -103,15 +116,19 @@ __all__ = [
     "read_pairs",
     "recall",
     "repeats",
+    "rows_of_process",
     "same_document",
     "sentences",
+    "sequential_documents",
     "sequential_masked_windows",
     "sequential_pairs",
     "sequential_windows",
+    "shuffled_windows",
     "split",
     "split_pairs",
     "stacked_masked_windows",
     "stacked_windows",
     "text_file",
     "which_document",
+    "write_token_files",
 ]

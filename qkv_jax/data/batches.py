@@ -21,7 +21,7 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
     Raises:
         ValueError: naming the first id out of range and its position.
     """
-    tokens = _checked_tokens(tokens)
+    tokens = checked_tokens(tokens)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
         position = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
         raise ValueError(
@@ -30,11 +30,17 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
         )
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint8, uint16 and int32 that holds `vocab_size` ids."""
+    return np.dtype(
+        np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32
+    )
+
+
 def pack_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Checked `tokens` in the smallest of uint8, uint16 and int32 that holds `vocab_size` ids."""
     check_token_ids(tokens, vocab_size)
-    dtype = np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32
-    return np.asarray(tokens).astype(dtype)
+    return np.asarray(tokens).astype(token_dtype(vocab_size))
 
 
 def split(
@@ -53,8 +59,8 @@ def split(
     Raises:
         ValueError: a bad fraction, or a part shorter than `context + 1` tokens.
     """
-    tokens = _checked_tokens(tokens)
-    _check_positive(context=context)
+    tokens = checked_tokens(tokens)
+    check_positive(context=context)
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction is {validation_fraction}; wanted 0 < fraction < 1")
     boundary = int(len(tokens) * (1.0 - validation_fraction))
@@ -121,11 +127,11 @@ def stacked_windows(
     Returns:
         `{"inputs": int32 [num_steps, B, T], "targets": int32 [num_steps, B, T]}`.
     """
-    tokens = _checked_tokens(tokens)
-    _check_positive(num_steps=num_steps, batch_size=batch_size, context=context)
+    tokens = checked_tokens(tokens)
+    check_positive(num_steps=num_steps, batch_size=batch_size, context=context)
     seed, step, stream = index(seed), index(step), index(stream)  # a NumPy integer would overflow
-    _check_word(seed=seed, step=step, stream=stream)
-    _check_word(step=step + num_steps - 1)
+    check_word(seed=seed, step=step, stream=stream)
+    check_word(step=step + num_steps - 1)
     num_starts = len(tokens) - context
     if not 0 < num_starts < 2**32:
         raise ValueError(
@@ -163,9 +169,9 @@ def sequential_windows(
     Yields:
         `{"inputs": int32 [B, T], "targets": int32 [B, T], "weights": float32 [B, T]}`.
     """
-    tokens = _checked_tokens(tokens)
+    tokens = checked_tokens(tokens)
     stride = context if stride is None else stride
-    _check_positive(batch_size=batch_size, context=context, stride=stride)
+    check_positive(batch_size=batch_size, context=context, stride=stride)
     if stride > context:
         raise ValueError(f"stride is {stride}; wanted <= context, {context}, to skip no token")
     if len(tokens) < 2:
@@ -192,7 +198,8 @@ def _sequential_windows(
         }
 
 
-def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
+def checked_tokens(tokens: np.ndarray) -> np.ndarray:
+    """`tokens` as an array. ValueError unless they are integers [length]."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -201,13 +208,15 @@ def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
     return tokens
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """ValueError naming the first that is less than 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; wanted at least 1")
 
 
-def _check_word(**words: int) -> None:
+def check_word(**words: int) -> None:
+    """ValueError naming the first that is not in `[0, 2**64)`."""
     for name, word in words.items():
         if not 0 <= word < 2**64:
             raise ValueError(f"{name} is {word}; wanted 0 <= {name} < 2**64")

@@ -7,7 +7,6 @@ is one's own, and `aozora` one of Aozora Bunko's.
 import ast
 import contextlib
 import gc
-import glob
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkv_jax.data.aozora import aozora_text
-from qkv_jax.data.files import read_text, write_atomically
+from qkv_jax.data.files import matching_files, read_text, write_atomically
 
 CORPORA = ("python_docs", "text_file", "aozora")
 
@@ -55,6 +54,11 @@ class Corpus:
     text: str
     sha256: str
     source: str
+
+    @property
+    def characters(self) -> int:
+        """How long the text is."""
+        return len(self.text)
 
 
 def load_corpus(name: str, path: str | os.PathLike | None = None) -> Corpus:
@@ -169,33 +173,12 @@ def _of_files(name: str, path: str | os.PathLike) -> Corpus:
 
 def _read_files(name: str, path: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """(path, text) of each file."""
-    try:
-        files = _matching_files(name, path)
-    except (OSError, RuntimeError) as error:  # no permission, or no such user's home
-        raise ValueError(f"{name}: {str(path)!r} cannot be read: {error}") from error
-    for file in files:
+    for file in matching_files(name, path):
         text = read_text(file, what=f"{name}:")
         text = aozora_text(text) if name == "aozora" else text
         if not text.strip():
             raise ValueError(f"{name}: {str(file)!r} is empty; wanted a file with text in it")
         yield str(file), text
-
-
-def _matching_files(name: str, path: str | os.PathLike) -> list[Path]:
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if root.is_dir():
-        what, found = f"is in directory {str(path)!r}", root.rglob("*")
-        found = (f for f in found if not any(p.startswith(".") for p in f.relative_to(root).parts))
-    elif glob.has_magic(str(root)):
-        what, found = f"matches {str(path)!r}", map(Path, glob.glob(str(root), recursive=True))
-    else:
-        raise ValueError(f"{name}: {str(path)!r} does not exist; wanted a file, directory or glob")
-    files = sorted({file for file in found if file.is_file()})
-    if not files:
-        raise ValueError(f"{name}: no file {what}; wanted at least one text file")
-    return files
 
 
 # --- python_docs ---------------------------------------------------------------------------------

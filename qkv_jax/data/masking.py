@@ -84,7 +84,30 @@ def stacked_masked_windows(
         context=context,
         stream=stream,
     )["inputs"]
-    draws = [_draws(seed, step + i, stream, windows[0].shape) for i in range(num_steps)]
+    return mask_windows(
+        windows, seed=seed, step=step, mask_id=mask_id, mask_rate=mask_rate, stream=stream
+    )
+
+
+def mask_windows(
+    windows: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    mask_id: int,
+    mask_rate: float = 0.15,
+    stream: int = TRAINING,
+) -> Batch:
+    """Hides some tokens of the windows of some steps, from `step` on.
+
+    Args:
+        windows: integers [steps, B, T].
+        seed, step, mask_id, mask_rate, stream: as for `masked_windows`.
+
+    Returns:
+        The arrays of `masked_windows`, each [steps, B, T].
+    """
+    draws = [_draws(seed, step + i, stream, windows[0].shape) for i in range(len(windows))]
     eligible = np.ones(windows.shape, bool)
     return _hide(windows, eligible, np.stack(draws, axis=1), mask_id, mask_rate)
 

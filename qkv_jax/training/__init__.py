@@ -20,6 +20,7 @@ from qkv_jax.training.step import (
     cross_entropy_loss,
     make_train_step,
     make_train_steps,
+    predict_documents,
     predict_padded_tokens,
     predict_tokens,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "make_train_step",
     "make_train_steps",
     "mean_metrics",
+    "predict_documents",
     "predict_padded_tokens",
     "predict_tokens",
     "relation_loss",

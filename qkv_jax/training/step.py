@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from qkv_jax import nn
+from qkv_jax import nn, ops
 from qkv_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -26,6 +26,12 @@ def predict_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> ja
 def predict_padded_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """The same for rows of which `lengths`, int32 [B], tokens are no padding."""
     return model(batch["inputs"], lengths=batch["lengths"], rng=rng)
+
+
+def predict_documents(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """The same for packed documents, numbered by `segments` and `positions`, int32 [B, T]."""
+    mask = ops.masks.Segments(batch["segments"])
+    return model(batch["inputs"], mask=mask, positions=batch["positions"], rng=rng)
 
 
 def cross_entropy_loss(graphdef: nnx.GraphDef, predict: Predict = predict_tokens) -> Loss:
