@@ -13,10 +13,16 @@ Queries are `[B, T, N, H]`, keys `[B, S, K, H]`, values `[B, S, K, h]`; what `at
 
 from qkv_jax.ops import basic, cache, features, masks, paged, positions, scores, sparse
 from qkv_jax.ops.additive import additive_attention, local_attention
-from qkv_jax.ops.arguments import Stats
-from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats, merge
+from qkv_jax.ops.attention import attention, attention_weights, attention_with_stats
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.clipped import ClippedSoftmax, clipped_softmax_attention
+from qkv_jax.ops.context import (
+    all_gather_attention,
+    ring_attention,
+    ring_attention_with_stats,
+    ulysses_attention,
+    zigzag,
+)
 from qkv_jax.ops.convolution import causal_convolution, centred_convolution, long_convolution
 from qkv_jax.ops.cope import cope_attention
 from qkv_jax.ops.cosine import cosine_attention
@@ -25,6 +31,7 @@ from qkv_jax.ops.explain import Explanation, explain
 from qkv_jax.ops.features import LinearAttention, Performer, kernel_attention, performer_attention
 from qkv_jax.ops.forgetting import forgetting_attention
 from qkv_jax.ops.heads import differential_attention, talking_heads_attention
+from qkv_jax.ops.lasp import lasp_delta_rule, lasp_linear_attention
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
 from qkv_jax.ops.linear import (
     linear_attention,
@@ -46,10 +53,13 @@ from qkv_jax.ops.normalizers import (
     sparsemax,
     sparsemax_attention,
 )
+from qkv_jax.ops.sharded import AllGatherAttention, RingAttention, Sharded, UlyssesAttention
+from qkv_jax.ops.stats import Stats, merge
 from qkv_jax.ops.streaming import Streaming, streaming_attention
 from qkv_jax.ops.top_k import TopK, top_k_attention
 
 __all__ = [
+    "AllGatherAttention",
     "Blockwise",
     "ClippedSoftmax",
     "Entmax",
@@ -58,12 +68,16 @@ __all__ = [
     "MoBA",
     "Nystrom",
     "Performer",
+    "RingAttention",
+    "Sharded",
     "Sigmoid",
     "Stats",
     "Streaming",
     "TopK",
+    "UlyssesAttention",
     "absorbed_latent_attention",
     "additive_attention",
+    "all_gather_attention",
     "attention",
     "attention_weights",
     "attention_with_stats",
@@ -84,6 +98,8 @@ __all__ = [
     "features",
     "forgetting_attention",
     "kernel_attention",
+    "lasp_delta_rule",
+    "lasp_linear_attention",
     "latent_attention",
     "linear_attention",
     "linear_attention_bidirectional",
@@ -103,6 +119,8 @@ __all__ = [
     "performer_attention",
     "positions",
     "retrieve",
+    "ring_attention",
+    "ring_attention_with_stats",
     "scores",
     "sigmoid_attention",
     "sparse",
@@ -111,4 +129,6 @@ __all__ = [
     "streaming_attention",
     "talking_heads_attention",
     "top_k_attention",
+    "ulysses_attention",
+    "zigzag",
 ]

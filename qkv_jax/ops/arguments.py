@@ -1,9 +1,8 @@
 """The arguments of one attention call, checked and brought into one form."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,18 @@ from qkv_jax.ops.operands import check_aligned
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array | np.ndarray
+
+
+class First(NamedTuple):
+    """Where the arrays of a call begin, if they are parts of larger ones, as shards are."""
+
+    batch: int | Array = 0
+    head: int | Array = 0
+    query: int | Array = 0
+    key: int | Array = 0
+
+
+WHOLE = First()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Arguments:
     dropout_rng: Array | None
     q_pos: Array  # [B or 1, 1, T, 1]
     kv_pos: Array  # [B or 1, 1, 1, S]
+    first: First = WHOLE
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -43,9 +55,23 @@ class Arguments:
         return jnp.promote_types(jnp.result_type(*inputs), jnp.float32)
 
     @property
-    def head(self) -> np.ndarray:
+    def head(self) -> Array:
         """The heads' indices, int32 [1, N, 1, 1]."""
-        return np.arange(self.q.shape[2], dtype=np.int32)[None, :, None, None]
+        return self.index("head")
+
+    def index(self, name: str, length: int | None = None) -> Array:
+        """The indices along one axis of [B, N, T, S], int32 of rank 4.
+
+        Args:
+          name: batch, head, query or key.
+          length: how many; by default as many as there are.
+        """
+        axis = First._fields.index(name)
+        B, T, N, _ = self.q.shape
+        sizes = B, N, T, self.k.shape[1]
+        shape = [-1 if a == axis else 1 for a in range(4)]
+        indices = np.arange(sizes[axis] if length is None else length, dtype=np.int32)
+        return indices.reshape(shape) + self.first[axis]
 
 
 def check(
@@ -61,8 +87,14 @@ def check(
     dropout_rng: Array | None,
     q_positions: Array | None,
     kv_positions: Array | None,
+    shards: int = 1,
 ) -> Arguments:
     """Checks the arguments of an attention call, before anything is computed.
+
+    The arguments that are not listed are those of `attention`.
+
+    Args:
+      shards: of how many such shards the keys are one: an operand may have the S axis of all.
 
     Raises:
       ValueError: naming the argument, what came and what was wanted.
@@ -78,8 +110,8 @@ def check(
         )
     mask = None if mask is None else mask.aligned()
     score = scores.aligned(score)
-    check_aligned(mask, "mask", B=B, N=N, T=T, S=S)
-    check_aligned(score, "score", B=B, N=N, T=T, S=S)
+    check_aligned(mask, "mask", B=B, N=N, T=T, S=S, shards=shards)
+    check_aligned(score, "score", B=B, N=N, T=T, S=S, shards=shards)
     if sinks is not None and (np.shape(sinks) != (N,) or not _is_floating(sinks)):
         raise ValueError(f"sinks: wanted floating [N] = [{N}], got {_described(sinks)}")
     if scale is not None and np.shape(scale) != ():
@@ -177,16 +209,3 @@ def _described(x: Any) -> str:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype} {list(x.shape)}"
     return repr(x) if not isinstance(x, type) else x.__name__
-
-
-@chex.dataclass(frozen=True)
-class Stats:
-    """What a softmax over keys leaves behind, row by row; float32, or float64 for float64 input.
-
-    `lse` and `entropy` are differentiable; `max_logit` carries no gradient. A row that may attend
-    to nothing has lse and max -inf and entropy 0; with a sink, lse is the sink.
-    """
-
-    lse: jax.Array  # [B, N, T], log of the sum of exp(logit), sinks included
-    max_logit: jax.Array  # [B, N, T], over keys alone
-    entropy: jax.Array  # [B, N, T], in nats, of the distribution over keys (and the sink)

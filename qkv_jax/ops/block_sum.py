@@ -11,12 +11,8 @@ row's log-sum-exp, are such sums; and the derivative of such a sum is one again,
 
 so that forward mode, reverse mode and derivatives of any order take memory for x and for the
 result, never for T x S. Block functions are values (frozen dataclasses): two equal ones compile
-once. They close over no arrays.
-
-How an array lies over the plane is a string with a letter per axis: `B`, `N`, `K`, `T` and `S` (see
-`qkv_jax.ops`) are cut, any other letter is passed whole. Queries are "BTNH", keys "BSKH", ALiBi's
-slopes "_N__", a table "__". An array kept block by block has an axis `t` or `s` of blocks, and the
-elements of a block on an axis of its own: a block of it lies together in memory.
+once. They close over no arrays. How an array lies over the plane is said by letters, see
+`block_loop`.
 """
 
 import dataclasses
@@ -26,12 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from qkv_jax.ops.block_loop import added, along, block_shape, for_each_row_of_blocks, over_shards
 from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.plan import Grid
+from qkv_jax.ops.ring import by_shard
 
 # Called as f(masked, *cuts) and returns a list of blocks; `masked` says whether the predicate is
 # needed. It may have a method `transpose` that does what the rule `_transpose` would do, or returns
@@ -112,144 +109,42 @@ def filled(where: Sequence[bool], values: Sequence[Any], rest: Sequence[Any]) ->
     return [next(values) if here else x for here, x in zip(where, rest, strict=True)]
 
 
-# The loop
-
-
-def block_shape(axes: str, shape: Sequence[int], grid: Grid) -> tuple[int, ...]:
-    """The shape of one block of an array."""
-    return tuple(grid.cuts[a][1] if a in grid.cuts else n for a, n in zip(axes, shape, strict=True))
-
-
-def along(axes: str, letters: str) -> bool:
-    """Whether an array has any of these axes."""
-    return not set(letters).isdisjoint(axes)
-
-
-def padded(x: jax.Array, axes: str, grid: Grid) -> jax.Array:
-    """An array with its last query and key repeated up to whole blocks."""
-    cuts = grid.cuts
-    pads = [(0, cuts[a][0] - n if a in "TS" else 0) for a, n in zip(axes, x.shape, strict=True)]
-    return jnp.pad(x, pads, mode="edge") if any(map(any, pads)) else x
-
-
-def cut(x: jax.Array, axes: str, start: dict[str, Any], grid: Grid) -> jax.Array:
-    """The block of an array that begins at `start`."""
-    shape = block_shape(axes, x.shape, grid)
-    if shape == x.shape:
-        return x
-    return jax.lax.dynamic_slice(x, _starts(axes, start), shape)
-
-
-def added(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
-    """The array with a block added at `start`."""
-    if x.shape == block.shape:
-        return x + block
-    starts = _starts(axes, start)
-    old = jax.lax.dynamic_slice(x, starts, block.shape)
-    return jax.lax.dynamic_update_slice(x, old + block, starts)
-
-
-def _starts(axes: str, start: dict[str, Any]) -> list[Any]:
-    return [start.get(a, np.int32(0)) for a in axes]
-
-
-def written(x: jax.Array, block: jax.Array, axes: str, start: dict[str, Any]) -> jax.Array:
-    """The array with a block put at `start`."""
-    if x.shape == block.shape:
-        return block
-    return jax.lax.dynamic_update_slice(x, block, _starts(axes, start))
-
-
-def for_each_row_of_blocks(
-    grid: Grid,
-    plan: tuple[jax.Array, jax.Array],
-    arrays: Sequence[jax.Array],
-    in_axes: Sequence[str],
-    body: Callable,
-    carry: Any,
-) -> Any:
-    """Calls `carry = body(carry, start, inner)` for every block of queries.
-
-    `start` says where the block begins on each axis. `inner(step, carry)` calls
-    `carry = step(masked, carry, start, cuts)` for every block of keys that the plan lists, with the
-    arrays cut to the block: what does not lie along the keys is cut once for the row.
-    """
-    xs = [padded(x, axes, grid) for x, axes in zip(arrays, in_axes, strict=True)]
-    of_keys = [along(axes, "Ss") for axes in in_axes]
-
-    def cuts_of(xs, where, start):
-        return [
-            cut(x, axes, start, grid) if here else x
-            for x, axes, here in zip(xs, in_axes, where, strict=True)
-        ]
-
-    order, counts = plan
-    heads = grid.N // grid.heads
-    steps = grid.B // grid.rows * heads * grid.q_blocks
-
-    def row(u, carry):
-        u, i = u // np.int32(grid.q_blocks), u % np.int32(grid.q_blocks)
-        b, n = u // np.int32(heads), u % np.int32(heads)
-        where = (b if order.shape[0] > 1 else 0), (n if order.shape[1] > 1 else 0), i
-        start = {
-            "B": b * grid.rows,
-            "N": n * grid.heads,
-            "K": n * grid.heads * grid.K // grid.N,
-            "T": i * grid.block_q,
-            "t": i,
-        }
-        partial, total = counts[where][0], counts[where][1]
-        of_row = cuts_of(xs, [not here for here in of_keys], start)
-
-        def inner(step, carry):
-            def masked_or_not(masked):
-                def one(j, carry):
-                    block = order[(*where, j)]
-                    at = start | {"S": block * grid.block_kv, "s": block}
-                    return step(masked, carry, at, cuts_of(of_row, of_keys, at))
-
-                return one
-
-            if grid.partial:
-                carry = jax.lax.fori_loop(np.int32(0), partial, masked_or_not(True), carry)
-            if grid.full:
-                carry = jax.lax.fori_loop(partial, total, masked_or_not(False), carry)
-            return carry
-
-        return body(carry, start, inner)
-
-    return jax.lax.fori_loop(np.int32(0), np.int32(steps), row, carry)
+# The sum
 
 
 def _implementation(order, counts, *arrays, f, grid, in_axes, out_axes):
     outs = _out_shapes(arrays, f, grid, in_axes, out_axes)
     like = [order, *arrays]
     in_row = [along(axes, "Tt") and not along(axes, "Ss") for axes in out_axes]
+    out_letters = [axes.removeprefix("r") for axes in out_axes]  # of one shard
 
     def body(buffers, start, inner):
         def step(masked, carry, start, cuts):
             blocks = f(masked, *cuts)
             return [
                 old + block if row else added(old, block, axes, start)
-                for old, block, axes, row in zip(carry, blocks, out_axes, in_row, strict=True)
+                for old, block, axes, row in zip(carry, blocks, out_letters, in_row, strict=True)
             ]
 
         carry = [
             _zeros(block_shape(axes, x.shape, grid), x.dtype, like) if row else x
-            for x, axes, row in zip(buffers, out_axes, in_row, strict=True)
+            for x, axes, row in zip(buffers, out_letters, in_row, strict=True)
         ]
         return [
             added(old, new, axes, start) if row else new
             for old, new, axes, row in zip(
-                buffers, inner(step, carry), out_axes, in_row, strict=True
+                buffers, inner(step, carry), out_letters, in_row, strict=True
             )
         ]
+
+    def one_shard(order, counts, arrays, in_axes, buffers):
+        return for_each_row_of_blocks(grid, (order, counts), arrays, in_axes, body, buffers)
 
     buffers = [
         _zeros(_padded_shape(axes, shape, grid), jnp.promote_types(dtype, jnp.float32), like)
         for (shape, dtype), axes in zip(outs, out_axes, strict=True)
     ]
-    buffers = for_each_row_of_blocks(grid, (order, counts), arrays, in_axes, body, buffers)
+    buffers = over_shards(grid, one_shard, (order, counts), arrays, in_axes, buffers, out_axes)
     return [
         x[tuple(map(slice, shape))].astype(dtype)
         for x, (shape, dtype) in zip(buffers, outs, strict=True)
@@ -271,8 +166,14 @@ def _out_shapes(arrays, f, grid, in_axes, out_axes) -> list[tuple[tuple[int, ...
         for x, axes in zip(arrays, in_axes, strict=True)
     )
     sizes = {a: length for a, (length, _) in grid.cuts.items()} | {"T": grid.T, "S": grid.S}
+
+    def whole(axes: str, block: tuple[int, ...]) -> tuple[int, ...]:
+        shards = (grid.ring.size,) if by_shard(axes) else ()
+        letters = axes.removeprefix("r")
+        return shards + tuple(sizes.get(a, n) for a, n in zip(letters, block, strict=True))
+
     return [
-        (tuple(sizes.get(a, n) for a, n in zip(axes, block.shape, strict=True)), block.dtype)
+        (whole(axes, block.shape), block.dtype)
         for block, axes in zip(_blocks_of(f, cuts), out_axes, strict=True)
     ]
 

@@ -25,24 +25,18 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from qkv_jax.ops import plan
-from qkv_jax.ops.arguments import Arguments, Stats
-from qkv_jax.ops.block_sum import (
-    batch_by_loop,
-    block_shape,
-    block_sum,
-    for_each_row_of_blocks,
-    no_tangent,
-    written,
-)
-from qkv_jax.ops.dropout import key_words
+from qkv_jax.ops.arguments import Arguments
+from qkv_jax.ops.block_loop import block_shape, for_each_row_of_blocks, over_shards, written
+from qkv_jax.ops.block_sum import batch_by_loop, block_sum, no_tangent
 from qkv_jax.ops.manual import abstract_array, varying_like
 from qkv_jax.ops.one_block import MeanLogit, Problem, Weighted, WeightedTangent
 from qkv_jax.ops.plan import Grid
+from qkv_jax.ops.prepared import prepared
 from qkv_jax.ops.reference import reference
+from qkv_jax.ops.ring import Ring
+from qkv_jax.ops.stats import Stats, merge
 
-ROWS = 512  # queries in one step on a CPU: as many batch rows as together have so many
-QKV = ("BTNH", "BSKH", "BSKh")
+Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +57,23 @@ class Blockwise:
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"Blockwise: {name} must be a positive integer, got {size!r}")
 
-    def __call__(self, args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stats]:
+    def __call__(
+        self, args: Arguments, *, entropy: bool = True, ring: Ring | None = None
+    ) -> tuple[jax.Array, Stats]:
         """The output and the statistics of `attention_with_stats`; `reference` says what they are.
 
         Args:
           args: checked arguments.
           entropy: whether the entropy is wanted; it costs another pass.
+          ring: along which the keys are one of several shards; None: they are all there are.
         """
-        return _blockwise(args, entropy, (self.block_q, self.block_kv))
+        return _blockwise(args, entropy, (self.block_q, self.block_kv), ring)
 
 
-def _blockwise(args, entropy, blocks):
+def _blockwise(args, entropy, blocks, ring):
     if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
         return reference(args)
-    problem, grid, schedule, arrays = prepared(args, blocks)
+    problem, grid, schedule, arrays = prepared(args, blocks, ring)
     _check_closures(problem, grid, arrays)
     order, counts, *arrays = varying_like([*schedule, *arrays], [*schedule, *arrays])
     schedule = order, counts
@@ -128,51 +125,6 @@ def _finite(lse: jax.Array) -> jax.Array:
     return jnp.where(lse == -jnp.inf, 0, lse)
 
 
-def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
-    """The call as a static problem, a grid, a schedule, and arrays that may be traced."""
-    grid = grid_of(args, blocks)
-    cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
-    grid, *schedule = plan.schedule(cover, grid)
-
-    def indices(axis: str) -> np.ndarray:
-        # Beyond the end too: there the index tells that a block sticks out.
-        shape = [-1 if a == axis else 1 for a in "BNTS"]
-        return np.arange(grid.cuts[axis][0], dtype=np.int32).reshape(shape)
-
-    where = {
-        "q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head,
-        "batch": indices("B"), "query": indices("T"), "key": indices("S"),
-    }  # fmt: skip
-    words = key_words(args.dropout_rng) if args.dropout_rate else None
-    scale = jnp.asarray(args.scale, args.dtype)
-    leaves, tree = jax.tree.flatten((scale, where, words, args.mask, args.score))
-    leaves = [jnp.asarray(x) for x in leaves]
-    problem = Problem(
-        tree=tree, axes=(*QKV, *map(_axes, leaves)), T=grid.T, S=grid.S, ragged=grid.ragged,
-        dropout_rate=args.dropout_rate, dtype=args.dtype,
-    )  # fmt: skip
-    return problem, grid, schedule, [args.q, args.k, args.v, *leaves]
-
-
-def grid_of(args: Arguments, blocks: tuple[int | None, int | None]) -> Grid:
-    """How a call is cut into blocks."""
-    B, T, N, _ = args.q.shape
-    S, K = args.k.shape[1:3]
-    platform = jax.default_backend()
-    block_q, block_kv = plan.block_sizes(T, S, N // K, blocks, platform)
-    # On a CPU as many batch rows at once as fill a block; elsewhere all of them.
-    most = max(1, ROWS // block_q) if platform == "cpu" else B
-    rows = max(n for n in range(1, B + 1) if B % n == 0 and n <= most)
-    return Grid(B=B, T=T, S=S, N=N, K=K, block_q=block_q, block_kv=block_kv, rows=rows, heads=N)
-
-
-def _axes(x: jax.Array) -> str:
-    """How an operand lies over the plane: along the axes that it has, if it is aligned."""
-    if x.ndim != 4:
-        return "_" * x.ndim
-    return "".join(a if n > 1 else "_" for a, n in zip("BNTS", x.shape, strict=True))
-
-
 # attend: the fused forward pass
 
 attend_p = Primitive("attend")
@@ -221,15 +173,35 @@ def _attend(order, counts, q, k, v, *leaves, problem: Problem, grid: Grid):
             )
         ]
 
-    buffers = [
-        jnp.zeros((grid.B, shape[2], grid.N, v.shape[-1]), dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-    ]
-    out, lse, peak = for_each_row_of_blocks(
-        grid, (order, counts), arrays, problem.axes, body, varying_like(like, buffers)
+    def one_shard(order, counts, arrays, in_axes, before):
+        buffers = [
+            jnp.zeros((grid.B, shape[2], grid.N, v.shape[-1]), dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+        ]
+        out, lse, peak = for_each_row_of_blocks(
+            grid, (order, counts), arrays, in_axes, body, varying_like(like, buffers)
+        )
+        after = [out[:, : grid.T], lse[:, :, : grid.T], peak[:, :, : grid.T]]
+        return after if grid.ring is None else _merged(before, after)
+
+    nothing = [jnp.zeros((grid.B, grid.T, grid.N, v.shape[-1]), dtype)]
+    nothing += [jnp.full((grid.B, grid.N, grid.T), -jnp.inf, dtype)] * 2
+    return over_shards(
+        grid, one_shard, (order, counts), arrays, problem.axes, varying_like(like, nothing),
+        (per_out, per_row, per_row),
+    )  # fmt: skip
+
+
+def _merged(before: list[jax.Array], after: list[jax.Array]) -> list[jax.Array]:
+    """What `attend` returns, over two disjoint sets of keys."""
+    (out_a, *stats_a), (out_b, *stats_b) = before, after
+    stats_a, stats_b = (
+        Stats(lse=lse, max_logit=peak, entropy=jnp.zeros_like(lse))
+        for lse, peak in (stats_a, stats_b)
     )
-    return [out[:, : grid.T], lse[:, :, : grid.T], peak[:, :, : grid.T]]
+    out, stats = merge(out_a, stats_a, out_b, stats_b)
+    return [out, stats.lse, stats.max_logit]
 
 
 _compiled_attend = jax.jit(_attend, static_argnames=("problem", "grid"))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkv_jax.ops.manual import varying_like
 from qkv_jax.ops.operands import described
 
 Array = jax.Array | np.ndarray
@@ -207,6 +208,7 @@ def scan(
         state, out = step(state, jax.tree.map(heads_first, chunk))
         return state, jnp.swapaxes(out.reshape(B, K, C, G * h), 1, 2)
 
+    [state] = varying_like(jax.tree.leaves(tokens), [state])
     state, out = jax.lax.scan(
         jax.checkpoint(body, prevent_cse=False),
         state.reshape(B * K, *state.shape[2:]),

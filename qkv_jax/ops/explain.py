@@ -8,9 +8,10 @@ import numpy as np
 from qkv_jax.ops import arguments, plan
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.attention import IMPLEMENTATIONS, blockwise_pays, choose
-from qkv_jax.ops.blockwise import Blockwise, grid_of
+from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
+from qkv_jax.ops.prepared import grid_of
 from qkv_jax.ops.reference import reference
 from qkv_jax.ops.scores import Score
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import scores
-from qkv_jax.ops.block_sum import Tangent, block_sum, filled, padded
+from qkv_jax.ops.block_loop import padded
+from qkv_jax.ops.block_sum import Tangent, block_sum, filled
 from qkv_jax.ops.dropout import dropped
 from qkv_jax.ops.plan import Grid
 
@@ -64,11 +65,13 @@ class Problem:
         if mask is not None:
             allowed = mask.mask(where["q_pos"], where["kv_pos"], where["head"])
         if self.ragged:
-            allowed = allowed & (where["query"] < self.T) & (where["key"] < self.S)
+            allowed = allowed & (where["row"] < self.T) & (where["column"] < self.S)
         return jnp.where(allowed, logits, -jnp.inf)
 
     def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
         """The weights after dropout."""
+        if not self.dropout_rate:  # then `where` has no need of the indices
+            return weights
         indices = {name: where[name] for name in ("batch", "head", "query", "key")}
         return dropped(weights, words, self.dropout_rate, **indices)
 

@@ -121,31 +121,34 @@ class Operands:
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
-def check_aligned(obj: Any, name: str, *, B: int, N: int, T: int, S: int) -> None:
+def check_aligned(obj: Any, name: str, *, B: int, N: int, T: int, S: int, shards: int = 1) -> None:
     """Checks that the aligned operands of `obj` broadcast to [B, N, T, S].
 
     Args:
       obj: what `aligned()` returned, a tuple of such, or None.
       name: the argument that `obj` came as, for the message.
+      B, N, T, S: the sizes.
+      shards: where the keys are one of so many shards, an operand may also have the S axis of all.
 
     Raises:
       ValueError: naming the class, the field, the shape found and the shape wanted.
     """
-    wanted = (B, N, T, S)
+    sizes = (B,), (N,), (T,), (S, shards * S)
     if isinstance(obj, tuple | list):
         for part in obj:
-            check_aligned(part, name, B=B, N=N, T=T, S=S)
+            check_aligned(part, name, B=B, N=N, T=T, S=S, shards=shards)
         return
     for field, child in _children(obj) if isinstance(obj, Operands) else ():
         if isinstance(child, Operands):
-            check_aligned(child, name, B=B, N=N, T=T, S=S)
+            check_aligned(child, name, B=B, N=N, T=T, S=S, shards=shards)
             continue
         for leaf in jax.tree.leaves(child):
             shape = np.shape(leaf)
-            if len(shape) == 4 and any(n not in (1, m) for n, m in zip(shape, wanted, strict=True)):
+            if len(shape) == 4 and any(n not in (1, *m) for n, m in zip(shape, sizes, strict=True)):
                 raise ValueError(
                     f"{name}: {type(obj).__name__}.{field} has shape {list(shape)} once aligned, "
-                    f"which does not broadcast to [B, N, T, S] = {list(wanted)}"
+                    f"which does not broadcast to [B, N, T, S] = {[B, N, T, S]}"
+                    + (f", nor to S = {shards * S}, the keys of all shards" if shards > 1 else "")
                 )
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qkv_jax.ops import scores
-from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.arguments import Arguments, First
 from qkv_jax.ops.dropout import dropped
+from qkv_jax.ops.stats import Stats
 
 
 def reference(args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, Stats]:
@@ -92,7 +92,5 @@ def combined(weights: jax.Array, args: Arguments) -> jax.Array:
 
 
 def _dropout(weights: jax.Array, args: Arguments) -> jax.Array:
-    batch, head, query, key = np.ogrid[tuple(map(slice, weights.shape))]
-    return dropped(
-        weights, args.dropout_rng, args.dropout_rate, batch=batch, head=head, query=query, key=key
-    )
+    indices = {name: args.index(name) for name in First._fields}
+    return dropped(weights, args.dropout_rng, args.dropout_rate, **indices)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import positions
-from qkv_jax.ops.attention import attention_with_stats, merge
+from qkv_jax.ops.attention import attention_with_stats
 from qkv_jax.ops.masks import Mask, Prefix, SlidingWindow
 from qkv_jax.ops.sparse_masks import check_integer
+from qkv_jax.ops.stats import merge
 
 Array = jax.Array | np.ndarray
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from qkv_jax.ops import arguments, masks, plan
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.blockwise import grid_of
 from qkv_jax.ops.masks import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
+from qkv_jax.ops.prepared import grid_of
 from qkv_jax.viz import style
 
 if TYPE_CHECKING:
