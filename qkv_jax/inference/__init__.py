@@ -4,9 +4,11 @@ from qkv_jax.inference.generation import Sampling, generate, stream
 from qkv_jax.inference.quantization import QuantizedLinear, quantize
 from qkv_jax.inference.sampling import check_sampling, filter_logits, penalised, sample
 from qkv_jax.inference.scoring import log_probabilities
+from qkv_jax.inference.speculative import Speculation, speculate, verified
 from qkv_jax.inference.translation import translate
 
 __all__ = [
-    "QuantizedLinear", "Sampling", "check_sampling", "filter_logits", "generate",
-    "log_probabilities", "penalised", "quantize", "sample", "stream", "translate",
+    "QuantizedLinear", "Sampling", "Speculation", "check_sampling", "filter_logits", "generate",
+    "log_probabilities", "penalised", "quantize", "sample", "speculate", "stream", "translate",
+    "verified",
 ]  # fmt: skip
