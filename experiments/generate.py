@@ -1,11 +1,13 @@
 """Text from a trained run of a causal model, or the translation of a sentence.
 
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
+python -m experiments.generate --workdir=runs/char_lm --num_tokens=100 --draft=runs/small
 python -m experiments.generate --workdir=runs/translate --prompt="two hundred and thirty-four"
 """
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,12 +29,17 @@ MIN_P = flags.DEFINE_float("min_p", None, "keep tokens at least p times as likel
 REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "more than 1 makes tokens that came before less likely"
 )
+DRAFT = flags.DEFINE_string(
+    "draft", None, "a smaller run of the same tokenizer, whose tokens the model only checks"
+)
+NUM_DRAFTED = flags.DEFINE_integer("num_drafted", 4, "tokens that it drafts at once", lower_bound=1)
 STOP = flags.DEFINE_string("stop", None, "end with this text, one token of the run's tokenizer")
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
 )
 SAMPLING = (
     NUM_TOKENS, NUM_SAMPLES, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, STOP, SEED,
+    DRAFT, NUM_DRAFTED,
 )  # fmt: skip
 
 
@@ -58,15 +65,56 @@ def main(_) -> None:
             "repetition_penalty": REPETITION_PENALTY.value, "stop": _stop(task.tokenizer),
         }  # fmt: skip
         model = trained.graphdef, trained.params
-        if NUM_SAMPLES.value == 1:
+        if NUM_DRAFTED.present and DRAFT.value is None:
+            raise ValueError("num_drafted: was set, but no --draft")
+        if DRAFT.value is not None:
+            tokens = speculated(trained, prompt, settings)
+        elif NUM_SAMPLES.value == 1:
             write(task.tokenizer, inference.stream(*model, prompt, **settings))
             return
-        tokens = inference.generate(*model, prompt, num_samples=NUM_SAMPLES.value, **settings)
+        else:
+            tokens = inference.generate(*model, prompt, num_samples=NUM_SAMPLES.value, **settings)
     for i, row in enumerate(np.asarray(tokens)):
         if i:
             print("-" * 80)
         ends = np.flatnonzero(np.isin(row, settings["stop"]))
         print(PROMPT.value + task.tokenizer.decode(row[: ends[0] + 1] if len(ends) else row))
+
+
+def load_draft(trained: setup.TrainedRun) -> setup.TrainedRun:
+    """The run of --draft.
+
+    Raises:
+      ValueError: it does not continue text, or not in the same tokens.
+    """
+    draft = setup.load_run(DRAFT.value)
+    task = draft.task
+    if not (isinstance(task, TextTask) and task.continues_text):
+        raise ValueError(f"draft: {DRAFT.value} holds a model that cannot continue a text")
+    if task.tokenizer.to_json() != trained.task.tokenizer.to_json():
+        raise ValueError(
+            f"draft: wanted a run with the tokenizer of {WORKDIR.value}, "
+            f"but {DRAFT.value} has another one"
+        )
+    return draft
+
+
+def speculated(
+    trained: setup.TrainedRun, prompt: np.ndarray, settings: dict[str, Any]
+) -> jax.Array:
+    """The tokens of `inference.speculate`; what the drafts were worth goes to stderr."""
+    draft = load_draft(trained)
+    made = inference.speculate(
+        trained.graphdef, trained.params, draft.graphdef, draft.params,
+        np.repeat(prompt, NUM_SAMPLES.value, axis=0), num_drafted=NUM_DRAFTED.value, **settings,
+    )  # fmt: skip
+    written, passes, drafted, accepted = (int(x.sum()) for x in made[1:])
+    print(
+        f"draft: {accepted:,} of {drafted:,} tokens accepted, {accepted / drafted:.0%}; "
+        f"{written / passes:.2f} tokens per pass of the model",
+        file=sys.stderr,
+    )
+    return made.tokens
 
 
 def write(tokenizer: Tokenizer, parts: Iterator[np.ndarray]) -> None:

@@ -1,5 +1,8 @@
 """Text from a run: the prompt, what the model adds, and the same again for the same seed."""
 
+import json
+import shutil
+
 import pytest
 
 from tests.experiments.runs import assert_one_sentence, files_of
@@ -39,6 +42,21 @@ def test_samples_of_one_seed_differ_unless_only_the_likeliest_token_is_kept(gene
     assert len(samples) == 3 and len(set(samples)) == 1
 
 
+def test_a_draft_changes_no_likeliest_text_and_the_run_s_own_are_all_accepted(generate, finished):
+    flags = ("--num_samples=3", "--top_k=1")
+    done = generate(*flags, f"--draft={finished}", "--num_drafted=3")
+    assert done.returncode == 0 and done.stdout == generate(*flags).stdout
+    assert "accepted, 100%; 3." in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_draft_of_other_tokens_ends_in_one_sentence(generate, finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    state = json.loads((other / "tokenizer.json").read_text())
+    state["characters"] = state["characters"].replace("c", "C")
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    assert_one_sentence(generate(f"--draft={other}"), "draft", str(other), "tokenizer")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -49,6 +67,7 @@ def test_samples_of_one_seed_differ_unless_only_the_likeliest_token_is_kept(gene
         (["--top_p=0"], ["top_p", "got 0.0"]),
         (["--top_k=0"], ["top_k", "got 0"]),
         (["--num_tokens=0"], ["num_tokens"]),
+        (["--num_drafted=3"], ["num_drafted", "no --draft"]),
         (["--seed=99999999999999999999"], ["seed"]),
         (["the cat"], ["unexpected argument 'the cat'"]),
     ],
