@@ -241,8 +241,8 @@ def _drafted(draft, cache, state, keys, num_drafted, sampling):
             seen = seen.at[rows, token].set(True)
         return (token, packed(cache, B), seen), (token, jax.nn.softmax(logits))
 
-    # A cache that will be rewound has to read the last draft too, which may be accepted.
-    number = num_drafted + _rewinds(cache)
+    # A cache that is kept has to read the last draft too, which may be accepted.
+    number = num_drafted + _overwrites(cache)
     last = state.text[rows, first]
     (_, cache, _), (tokens, q) = jax.lax.scan(
         step, (last, packed(cache, B), state.seen), jnp.arange(number)
@@ -295,13 +295,13 @@ def _kept(model, before, after, *, inputs, start, end):
 
     `start` and `end`: the lengths of the texts in the cache before them and with those that stay.
     """
-    if _rewinds(after):
-        return jax.tree.map(lambda cache: cache.rewound(end), after, is_leaf=_is_cache)
+    if _overwrites(after):  # the rest lies behind the row's end: unseen, until it is overwritten
+        return after
     positions = _positions(start, inputs.shape[1])
     return model.extend(inputs, before, positions=positions, lengths=end - start)[1]
 
 
-def _rewinds(cache: Any) -> bool:
+def _overwrites(cache: Any) -> bool:
     """Whether all that a model keeps has a slot for each position; a state takes nothing back."""
     parts = jax.tree.leaves(cache, is_leaf=_is_cache)
     return all(_is_cache(part) and not part.rolling for part in parts)

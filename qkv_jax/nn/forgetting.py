@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from qkv_jax.nn.attention import MultiHeadAttention
 from qkv_jax.nn.linear import Linear
 from qkv_jax.ops.attention import attention
-from qkv_jax.ops.cache import EMPTY, Cache, CacheKind
+from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.forgetting import forget_score, forgetting_attention, running_sums
 from qkv_jax.ops.masks import Causal
 from qkv_jax.ops.scores import Score
@@ -94,9 +94,9 @@ class ForgettingAttention(MultiHeadAttention):
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
         cache, sums = cache
-        # Sums only fall, so that the least is the last.
-        held = (sums.positions < EMPTY)[..., None]
-        so_far = jnp.min(sums.read()[0], axis=1, keepdims=True, initial=0, where=held)
+        # Sums only fall, so that the least of what comes before is the last.
+        before = (sums.positions < positions[..., :1])[..., None]
+        so_far = jnp.min(sums.read()[0], axis=1, keepdims=True, initial=0, where=before)
         new = so_far + running_sums(self._log_forget(x))
         (kv_sums,), _, sums = sums.attended((new,), positions, lengths)
         (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)

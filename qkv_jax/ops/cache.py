@@ -8,7 +8,7 @@ decoding too, `attention(q, *cache.arrays, mask=Causal(), q_positions=..., kv_po
     QuantizedCache    the same in int8, with a scale for each token and head
     PagedCache        slots on pages that rows of different lengths take from one pool: `ops.paged`
 
-All have one interface: `append`, `attended`, `rewound`, `read`, `positions`, `capacity`, `nbytes`.
+All have one interface: `append`, `attended`, `read`, `positions`, `capacity`, `nbytes`.
 """
 
 import dataclasses
@@ -159,21 +159,6 @@ class Cache:
         joined = tuple(jnp.concatenate(pair, axis=1) for pair in both)
         at = jnp.broadcast_to(positions, (B, T)).astype(jnp.int32)
         return joined, jnp.concatenate([self.positions, at], axis=1), after
-
-    def rewound(self, lengths: jax.Array) -> "Cache":
-        """The cache as it was after the first tokens of each row, at no cost: what came later stays
-        where it is, in slots that count as empty.
-
-        Args:
-          lengths: how many tokens, that is, positions, of each row stay, integers [B].
-
-        Raises:
-          ValueError: for a rolling cache, whose last tokens took the slots of what came before.
-        """
-        if self.rolling:
-            raise ValueError("rolling: wanted a cache with a slot for each position, got a rolling")
-        kept = self.positions < lengths[:, None]
-        return dataclasses.replace(self, positions=jnp.where(kept, self.positions, EMPTY))
 
     def slots(self, positions: jax.Array) -> jax.Array:
         """Where tokens are kept, by their positions."""

@@ -83,7 +83,7 @@ def plain(target, draft, prompt, num_tokens, num_drafted, context):
     return out, counts
 
 
-# Caches that take tokens back, of the target and the draft model; and that do not: windows, states.
+# Caches whose slots are overwritten; and a window and a state, from before what was not accepted.
 PAIRS = {
     "attention": {},
     "forgetting,latent": {},
@@ -105,7 +105,7 @@ def test_greedily_it_writes_the_targets_text_in_as_few_passes_as_the_drafts_allo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", [name for name, mixer in MIXERS.items() if mixer.causal])
-def test_every_mixer_is_rewound_or_read_again(mixer):
+def test_no_mixer_remembers_what_was_not_accepted(mixer):
     pair, kwargs = (decoder(mixer), near(mixer)), {"num_tokens": 15, "top_k": 1}
     wanted = inference.generate(*pair[0], PROMPT, context=48, rng=jax.random.key(0), **kwargs)
     out = speculate(*pair, **kwargs)

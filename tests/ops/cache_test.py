@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkv_jax.ops.cache import EMPTY, Cache, QuantizedCache, among_all, of_these
-from qkv_jax.ops.paged import Pages
 
 # Shapes are fixed: each compiles once.
 B, SHAPES = 2, ((3,), (2, 5))
@@ -118,25 +117,6 @@ def test_a_donated_cache_gives_its_memory_to_the_next(name):
     assert [x.unsafe_buffer_pointer() for x in after.stored] == places
     assert all(x.is_deleted() for x in cache.stored)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, wanted))
-
-
-@pytest.mark.parametrize("kind", [Cache, QuantizedCache, Pages(num_pages=9, page_size=4)], ids=str)
-def test_rewound_it_is_as_if_it_had_not_read_on(kind):
-    lengths, first, second, other = np.array([5, 2]), tokens(5), tokens(4, 1), tokens(3, 2)
-    before = empty(kind=kind).append(first, jnp.arange(5), lengths)
-    places = lengths[:, None] + np.arange(4)
-    after = before.append(second, places).rewound(lengths)
-    read, then = (cache.append(other, places[:, :3]) for cache in (before, after))
-    for row, length in enumerate(lengths):
-        assert found(after.read(), after.positions, row, 12)[0] == list(range(length))
-        ours = found(then.read(), then.positions, row, 12)
-        assert_same(ours, found(read.read(), read.positions, row, 12))
-        assert len(ours[0]) == length + 3
-
-
-def test_a_rolling_cache_cannot_be_rewound():
-    with pytest.raises(ValueError, match="rolling: wanted a cache with a slot for each position"):
-        empty("rolling").rewound(np.array([1, 1]))
 
 
 def test_a_cache_says_its_size_and_returns_its_dtype():
