@@ -2,6 +2,7 @@
 
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --temperature=0.8
 python -m experiments.generate --workdir=runs/char_lm --prompt="The attention " --beams=5
+python -m experiments.generate --workdir=runs/char_lm --num_tokens=100 --draft=runs/small
 python -m experiments.generate --workdir=runs/translate --prompt="two hundred and thirty-four"
 
 A text is drawn. A translation takes the likeliest token each time, unless a flag about draws or
@@ -40,6 +41,10 @@ MIN_P = flags.DEFINE_float("min_p", None, "keep tokens at least p times as likel
 REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "more than 1 makes tokens that came before less likely"
 )
+DRAFT = flags.DEFINE_string(
+    "draft", None, "a smaller run of the same tokenizer, whose tokens the model only checks"
+)
+NUM_DRAFTED = flags.DEFINE_integer("num_drafted", 4, "tokens that it drafts at once", lower_bound=1)
 STOP = flags.DEFINE_string("stop", None, "end with this text, one token of the run's tokenizer")
 SEED = flags.DEFINE_integer(
     "seed", 0, "the same seed gives the same text", lower_bound=0, upper_bound=2**31 - 1
@@ -82,7 +87,13 @@ def continuations(task: TextTask, trained: setup.TrainedRun) -> list[str]:
         **choice(draws=True),
     }  # fmt: skip
     number = settings.pop("num_samples")
-    if "beams" in settings:
+    if NUM_DRAFTED.present and DRAFT.value is None:
+        raise ValueError("num_drafted: was set, but no --draft")
+    if DRAFT.value is not None:
+        if "beams" in settings:
+            raise ValueError("draft: was set, but a search with beams takes no drafts")
+        tokens = speculated(trained, np.repeat(prompt, number, axis=0), settings)
+    elif "beams" in settings:
         tokens = inference.beam_search(*model, prompt, num_results=number, **settings).tokens[0]
     elif number > 1:
         tokens = inference.generate(*model, prompt, num_samples=number, **settings)
@@ -103,9 +114,11 @@ def translations(task: Translation, trained: setup.TrainedRun) -> list[str]:
     Raises:
       ValueError: flags that do not go together, or a prompt that cannot be translated.
     """
-    for flag in (NUM_TOKENS, STOP):
+    for flag, why in (
+        (NUM_TOKENS, "ends by itself"), (STOP, "ends by itself"), (DRAFT, "takes no drafts"),
+    ):  # fmt: skip
         if flag.present:
-            raise ValueError(f"{flag.name}: was set, but a translation ends by itself")
+            raise ValueError(f"{flag.name}: was set, but a translation {why}")
     draws = any(flag.present for flag in (NUM_SAMPLES, *DRAWING))
     return task.translate(trained.graphdef, trained.params, PROMPT.value, **choice(draws))
 
@@ -134,6 +147,42 @@ def choice(draws: bool) -> dict[str, Any]:
         "rng": jax.random.key(SEED.value), "temperature": TEMPERATURE.value, "top_k": TOP_K.value,
         "top_p": TOP_P.value, "min_p": MIN_P.value, "repetition_penalty": REPETITION_PENALTY.value,
     }  # fmt: skip
+
+
+def load_draft(trained: setup.TrainedRun) -> setup.TrainedRun:
+    """The run of --draft.
+
+    Raises:
+      ValueError: it does not continue text, or not in the same tokens.
+    """
+    draft = setup.load_run(DRAFT.value)
+    task = draft.task
+    if not (isinstance(task, TextTask) and task.continues_text):
+        raise ValueError(f"draft: {DRAFT.value} holds a model that cannot continue a text")
+    if task.tokenizer.to_json() != trained.task.tokenizer.to_json():
+        raise ValueError(
+            f"draft: wanted a run with the tokenizer of {WORKDIR.value}, "
+            f"but {DRAFT.value} has another one"
+        )
+    return draft
+
+
+def speculated(
+    trained: setup.TrainedRun, prompt: np.ndarray, settings: dict[str, Any]
+) -> jax.Array:
+    """The tokens of `inference.speculate`; what the drafts were worth goes to stderr."""
+    draft = load_draft(trained)
+    made = inference.speculate(
+        trained.graphdef, trained.params, draft.graphdef, draft.params,
+        prompt, num_drafted=NUM_DRAFTED.value, **settings,
+    )  # fmt: skip
+    written, passes, drafted, accepted = (int(x.sum()) for x in made[1:])
+    print(
+        f"draft: {accepted:,} of {drafted:,} tokens accepted, {accepted / drafted:.0%}; "
+        f"{written / passes:.2f} tokens per pass of the model",
+        file=sys.stderr,
+    )
+    return made.tokens
 
 
 def write(tokenizer: Tokenizer, parts: Iterator[np.ndarray]) -> None:

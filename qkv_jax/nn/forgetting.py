@@ -94,8 +94,9 @@ class ForgettingAttention(MultiHeadAttention):
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
         cache, sums = cache
-        # Sums only fall, so that the least is the last.
-        so_far = jnp.min(sums.read()[0], axis=1, keepdims=True)
+        # Sums only fall, so that the least of what comes before is the last.
+        before = (sums.positions < positions[..., :1])[..., None]
+        so_far = jnp.min(sums.read()[0], axis=1, keepdims=True, initial=0, where=before)
         new = so_far + running_sums(self._log_forget(x))
         (kv_sums,), _, sums = sums.attended((new,), positions, lengths)
         (k, v), kv_positions, cache = cache.attended((k, v), positions, lengths)

@@ -1,5 +1,8 @@
 """Text from a run: the prompt, what the model adds, and the same again for the same seed."""
 
+import json
+import shutil
+
 import pytest
 
 from tests.experiments.runs import assert_one_sentence, files_of
@@ -45,6 +48,21 @@ def test_beams_print_the_best_texts_which_no_seed_changes(generate):
     assert all(text.startswith(PROMPT) and len(text) == len(PROMPT) + 31 for text in best)
 
 
+def test_a_draft_changes_no_likeliest_text_and_the_run_s_own_are_all_accepted(generate, finished):
+    flags = ("--num_samples=3", "--top_k=1")
+    done = generate(*flags, f"--draft={finished}", "--num_drafted=3")
+    assert done.returncode == 0 and done.stdout == generate(*flags).stdout
+    assert "accepted, 100%; 3." in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_draft_of_other_tokens_ends_in_one_sentence(generate, finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    state = json.loads((other / "tokenizer.json").read_text())
+    state["characters"] = state["characters"].replace("c", "C")
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    assert_one_sentence(generate(f"--draft={other}"), "draft", str(other), "tokenizer")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -58,6 +76,7 @@ def test_beams_print_the_best_texts_which_no_seed_changes(generate):
         (["--beams=2", "--top_p=0.9"], ["top_p", "beams draws nothing"]),
         (["--beams=2", "--num_samples=3"], ["num_samples", "at most beams = 2", "got 3"]),
         (["--length_penalty=2"], ["length_penalty", "only a search with beams"]),
+        (["--num_drafted=3"], ["num_drafted", "no --draft"]),
         (["--seed=99999999999999999999"], ["seed"]),
         (["the cat"], ["unexpected argument 'the cat'"]),
     ],
