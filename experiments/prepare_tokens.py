@@ -71,7 +71,7 @@ def main(_) -> None:
     tokenizer, seconds = files.tokenizer, time.perf_counter() - started
     end = len(tokenizer.encode(END_OF_DOCUMENT.value))
     print(f"{files.source}, {files.characters:,} characters, {files.tokens.dtype}")
-    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids, {end} to end a document")
+    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; {end} end a document")
     how = "written" if show.begun else "finished before; verified"
     print(f"{how} in {seconds:.1f} s; sha256 {files.sha256[:12]}")
 
