@@ -1,24 +1,26 @@
 """Runs that several files of tests look at; each worker process trains them once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.experiments.runs import Scripts
+from tests.experiments.runs import Scripts, finish
 
 
 @pytest.fixture(scope="session")
-def scripts(tmp_path_factory) -> Scripts:
+def scripts(tmp_path_factory) -> Iterator[Scripts]:
     scripts = Scripts(tmp_path_factory.mktemp("scripts"))
     scripts.write_corpus()
-    return scripts
+    yield scripts
+    scripts.close()
 
 
 @pytest.fixture(scope="session")
 def trained(scripts, tmp_path_factory):
     """A run that nothing has interrupted: its directory, and how its process ended."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    done = scripts.train(workdir)
+    done = finish(scripts.start_training(workdir))  # as a person starts it
     assert done.returncode == 0, done.stderr
     return workdir, done
 

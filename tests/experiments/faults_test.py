@@ -247,7 +247,7 @@ StopSignal.requested = property(requested, lambda self, value: None)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_signal_at_any_moment_of_the_loop_is_followed_by_a_save(scripts, tmp_path, n):
     patch = ASKED_TO_STOP_FROM_THE_NTH_LOOK_ON.format(n=n)
-    done = scripts.train(tmp_path, "train.save_every=0", patch=patch)
+    done = finish(scripts.start_training(tmp_path, "train.save_every=0", patch=patch))
     assert done.returncode == 0, done.stderr
     (step,) = saved_steps(tmp_path)
     assert f"after step {step}, saved" in done.stdout

@@ -1,5 +1,7 @@
 """What these tests share: the scripts as a person starts them, on a tiny model and a tiny text."""
 
+import functools
+import json
 import os
 import random
 import subprocess
@@ -66,7 +68,7 @@ Checkpointer.check = lambda self: (time.sleep(0.15), check(self))  # once a disp
 
 @dataclass(frozen=True)
 class Scripts:
-    """Starts `python -m experiments.<script>`; equal programs are compiled once for all tests."""
+    """Runs `python -m experiments.<script>`; equal programs are compiled once for all tests."""
 
     folder: Path
 
@@ -83,33 +85,61 @@ class Scripts:
         module = f"experiments.{script}"
         run = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         what = ["-c", patch + run] if patch else ["-m", module]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        environment.pop("JAX_NUM_CPU_DEVICES", None)
         return subprocess.Popen(
             [sys.executable, *what, *flags],
             cwd=ROOT,
-            env=environment,
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
         )
 
+    def environment(self) -> dict[str, str]:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        environment.pop("JAX_NUM_CPU_DEVICES", None)
+        return environment
+
+    @functools.cached_property
+    def forks(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.experiments.forks"],
+            cwd=ROOT,
+            env=self.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def close(self) -> None:
+        if "forks" in vars(self):
+            self.forks.communicate()
+
     def run(self, script: str, *flags: str) -> subprocess.CompletedProcess:
-        return finish(self.start(script, *flags))
+        """What `start` would end as, sooner: in a fork of a process that has imported most."""
+        out, err = self.folder / "out.txt", self.folder / "err.txt"
+        asked = {"name": script, "flags": flags, "out": str(out), "err": str(err)}
+        self.forks.stdin.write(json.dumps(asked | {"environment": self.environment()}) + "\n")
+        self.forks.stdin.flush()
+        status = int(self.forks.stdout.readline())
+        written = (path.read_text(encoding="utf-8") for path in (out, err))
+        return subprocess.CompletedProcess([script, *flags], status, *written)
+
+    def training(self, workdir: Path, *fields: str) -> list[str]:
+        """Flags that train the tiny model; `fields`, such as `train.num_steps=26`, override it."""
+        settings = (f"data.path={self.corpus}", *TINY, *fields)
+        return [f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
 
     def start_training(self, workdir: Path, *fields: str, patch: str = "") -> subprocess.Popen:
-        """Trains the tiny model; `fields`, such as `train.num_steps=26`, override its config."""
-        settings = (f"data.path={self.corpus}", *TINY, *fields)
-        flags = [f"--config.{setting}" for setting in settings]
-        return self.start("train", f"--workdir={workdir}", *flags, patch=patch)
+        return self.start("train", *self.training(workdir, *fields), patch=patch)
 
-    def train(self, workdir: Path, *fields: str, patch: str = "") -> subprocess.CompletedProcess:
-        return finish(self.start_training(workdir, *fields, patch=patch))
+    def train(self, workdir: Path, *fields: str) -> subprocess.CompletedProcess:
+        return self.run("train", *self.training(workdir, *fields))
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
