@@ -1,7 +1,7 @@
 """The arguments of one attention call, checked and brought into one form."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,18 @@ from qkv_jax.ops.operands import check_aligned
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array | np.ndarray
+
+
+class First(NamedTuple):
+    """Where the arrays of a call begin, if they are parts of larger ones, as shards are."""
+
+    batch: int | Array = 0
+    head: int | Array = 0
+    query: int | Array = 0
+    key: int | Array = 0
+
+
+WHOLE = First()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Arguments:
     dropout_rng: Array | None
     q_pos: Array  # [B or 1, 1, T, 1]
     kv_pos: Array  # [B or 1, 1, 1, S]
+    first: First = WHOLE
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -43,9 +56,23 @@ class Arguments:
         return jnp.promote_types(jnp.result_type(*inputs), jnp.float32)
 
     @property
-    def head(self) -> np.ndarray:
+    def head(self) -> Array:
         """The heads' indices, int32 [1, N, 1, 1]."""
-        return np.arange(self.q.shape[2], dtype=np.int32)[None, :, None, None]
+        return self.index("head")
+
+    def index(self, name: str, length: int | None = None) -> Array:
+        """The indices along one axis of [B, N, T, S], int32 of rank 4.
+
+        Args:
+          name: batch, head, query or key.
+          length: how many; by default as many as there are.
+        """
+        axis = First._fields.index(name)
+        B, T, N, _ = self.q.shape
+        sizes = B, N, T, self.k.shape[1]
+        shape = [-1 if a == axis else 1 for a in range(4)]
+        indices = np.arange(sizes[axis] if length is None else length, dtype=np.int32)
+        return indices.reshape(shape) + self.first[axis]
 
 
 def check(

@@ -21,12 +21,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qkv_jax.ops import plan
-from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.arguments import WHOLE, Arguments, Stats
 from qkv_jax.ops.block_sum import (
     batch_by_loop,
     block_shape,
@@ -133,16 +132,15 @@ def prepared(args: Arguments, blocks: tuple[int | None, int | None]):
     grid = grid_of(args, blocks)
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     grid, *schedule = plan.schedule(cover, grid)
-
-    def indices(axis: str) -> np.ndarray:
-        # Beyond the end too: there the index tells that a block sticks out.
-        shape = [-1 if a == axis else 1 for a in "BNTS"]
-        return np.arange(grid.cuts[axis][0], dtype=np.int32).reshape(shape)
-
-    where = {
-        "q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head,
-        "batch": indices("B"), "query": indices("T"), "key": indices("S"),
-    }  # fmt: skip
+    # Beyond the end too: there the index tells that a block sticks out.
+    lengths = {"batch": grid.B, "query": grid.cuts["T"][0], "key": grid.cuts["S"][0]}
+    where = {"q_pos": args.q_pos, "kv_pos": args.kv_pos, "head": args.head}
+    if grid.ragged:
+        here = dataclasses.replace(args, first=WHOLE)
+        where |= {"row": here.index("query", lengths["query"])}
+        where |= {"column": here.index("key", lengths["key"])}
+    if args.dropout_rate:
+        where |= {name: args.index(name, length) for name, length in lengths.items()}
     words = key_words(args.dropout_rng) if args.dropout_rate else None
     scale = jnp.asarray(args.scale, args.dtype)
     leaves, tree = jax.tree.flatten((scale, where, words, args.mask, args.score))

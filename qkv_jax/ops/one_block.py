@@ -64,11 +64,13 @@ class Problem:
         if mask is not None:
             allowed = mask.mask(where["q_pos"], where["kv_pos"], where["head"])
         if self.ragged:
-            allowed = allowed & (where["query"] < self.T) & (where["key"] < self.S)
+            allowed = allowed & (where["row"] < self.T) & (where["column"] < self.S)
         return jnp.where(allowed, logits, -jnp.inf)
 
     def dropped(self, weights: jax.Array, where: Any, words: Any) -> jax.Array:
         """The weights after dropout."""
+        if not self.dropout_rate:  # then `where` has no need of the indices
+            return weights
         indices = {name: where[name] for name in ("batch", "head", "query", "key")}
         return dropped(weights, words, self.dropout_rate, **indices)
 

@@ -138,10 +138,10 @@ class BlockBounds:
     def evaluate(self, mask: Mask) -> np.ndarray:
         """The exact cover of a mask, from its value at every element, a row of blocks at a time.
 
-        SOME where positions or operands are traced: to evaluate those would cost T x S each time.
+        SOME where positions, heads or operands are traced: that would cost T x S each time.
         """
         grid = self.grid
-        if namespace(self.q_pos, self.kv_pos, *jax.tree.leaves(mask)) is jnp:
+        if namespace(self.q_pos, self.kv_pos, self.head, *jax.tree.leaves(mask)) is jnp:
             return np.full((1, 1, 1, 1), SOME, np.int8)
         rows = []
         for start in range(0, grid.T, grid.block_q):

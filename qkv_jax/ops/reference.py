@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qkv_jax.ops import scores
-from qkv_jax.ops.arguments import Arguments, Stats
+from qkv_jax.ops.arguments import Arguments, First, Stats
 from qkv_jax.ops.dropout import dropped
 
 
@@ -92,7 +91,5 @@ def combined(weights: jax.Array, args: Arguments) -> jax.Array:
 
 
 def _dropout(weights: jax.Array, args: Arguments) -> jax.Array:
-    batch, head, query, key = np.ogrid[tuple(map(slice, weights.shape))]
-    return dropped(
-        weights, args.dropout_rng, args.dropout_rate, batch=batch, head=head, query=query, key=key
-    )
+    indices = {name: args.index(name) for name in First._fields}
+    return dropped(weights, args.dropout_rng, args.dropout_rate, **indices)
