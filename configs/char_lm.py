@@ -124,6 +124,13 @@ def get_config() -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the global gradient; 0: none
     optimizer.accumulate = 1  # micro-batches whose gradients are averaged into one step
 
+    # The devices, by what they share: their product divides how many there are; docs/scaling.md.
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # rows of a batch; -1: as many devices as are left and divide the batch
+    mesh.fsdp = 1  # rows too, and each parameter, its gradient and its optimizer state
+    mesh.tensor = 1  # heads, hidden units of the MLP, the vocabulary; tokens of norms
+    mesh.context = 1  # tokens of a window
+
     config.train = train = ConfigDict()
     train.num_steps = 1500
     train.stop_accuracy = placeholder(float)  # stop once validation reaches it; None: never
@@ -134,7 +141,7 @@ def get_config() -> ConfigDict:
     train.keep = 2  # checkpoints kept
     train.log_every = 10  # steps between metrics
     train.steps_per_dispatch = 10  # steps compiled into one call
-    train.cpu_devices = 1  # on a CPU: devices made of it, which share a batch
+    train.cpu_devices = 1  # on a CPU: devices made of it, for config.mesh
     train.compute_dtype = "float32"  # float32 | bfloat16; parameters stay float32
     train.remat = False  # recompute activations in the backward pass
     train.sample_tokens = 400  # length of the sample at the end: text to write, or with blanks

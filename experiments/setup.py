@@ -12,7 +12,13 @@ from ml_collections import ConfigDict
 from configs import char_lm
 from experiments.tasks import TASKS, Task
 from qkv_jax import nn
-from qkv_jax.training import OptimizerConfig, TrainState, load_checkpoint, make_optimizer
+from qkv_jax.training import (
+    OptimizerConfig,
+    TrainState,
+    load_checkpoint,
+    make_optimizer,
+    sharding,
+)
 from qkv_jax.training.run_directory import (
     RunDirectory,
     config_from_json,
@@ -106,6 +112,7 @@ class Settings:
     model: dict[str, Any]
     optimizer: OptimizerConfig
     train: TrainConfig
+    mesh: sharding.MeshConfig
 
     @property
     def windows(self) -> dict[str, int]:
@@ -166,6 +173,7 @@ def resolve(config: ConfigDict) -> Settings:
         model=values["model"],
         optimizer=OptimizerConfig(**values["optimizer"]),
         train=TrainConfig(**values["train"]),
+        mesh=sharding.MeshConfig(**values["mesh"]),
     )
     _check_model(settings)
     settings.model_config(vocab_size=1)  # its checks do not depend on the vocabulary
@@ -204,6 +212,22 @@ def _check_model(settings: Settings) -> None:
 
 def _fields(config: type) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
+
+
+def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+    """The mesh of the devices there are.
+
+    Raises:
+      ValueError: it does not divide the devices, the batch, the heads or the windows.
+    """
+    mesh = sharding.make_mesh(settings.mesh, batch_size=settings.train.batch_size)
+    cut = {"context": ("data.context", settings.data.context)}
+    if "num_heads" in _fields(settings.model_classes[0]):
+        cut["tensor"] = "model.num_heads", settings.model["num_heads"]
+    for axis, (name, length) in cut.items():
+        size = mesh.shape[axis]
+        check(name, length, length % size == 0, f"a multiple of config.mesh.{axis} = {size}")
+    return mesh
 
 
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:

@@ -15,11 +15,13 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import char_lm
 from experiments import cli, report, setup
 from qkv_jax import nn, training
+from qkv_jax.ops.mesh import ROWS
+from qkv_jax.training import sharding
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.run_directory import RunDirectory, open_run
 from qkv_jax.training.writers import MetricWriter, read_metrics
@@ -36,6 +38,7 @@ def main(_) -> None:
     with cli.one_sentence():
         settings = setup.resolve(CONFIG.value)
         cli.use_cpu_devices(settings.train.cpu_devices)
+        mesh = setup.make_mesh(settings)
         task = settings.task(settings)
         graphdef, params = setup.make_model(settings, task.vocab_size)
         workdir = WORKDIR.value or f"runs/{settings.name}"
@@ -45,12 +48,12 @@ def main(_) -> None:
     print(f"run:  {run.path}")
 
     # --- Devices, optimizer, state ---
-    mesh = make_mesh(settings.windows["batch_size"])
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("data"))  # [batch, ...]
-    by_step_and_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # [steps, batch, ...]
+    by_row = NamedSharding(mesh, PartitionSpec(ROWS))  # [batch, ...]
+    by_step_and_row = NamedSharding(mesh, PartitionSpec(None, ROWS))  # [steps, batch, ...]
     optimizer = training.make_optimizer(settings.optimizer, settings.train.num_steps)
-    state = jax.device_put(training.TrainState.create(params, optimizer), everywhere)
+    if mesh.size > 1:
+        print(f"\n{sharding.plan(params, optimizer, mesh)}\n")
+    state = sharding.placed(params, optimizer, mesh)
     train_steps = training.make_train_steps(
         training.make_train_step(
             training.cross_entropy_loss(graphdef, task.predict),
@@ -117,6 +120,7 @@ def main(_) -> None:
     shown: dict[str, float] = {}
     with (
         cli.one_sentence(),
+        jax.set_mesh(mesh),
         checkpointer,
         MetricWriter(
             run, wandb=settings.train.wandb, resume_step=None if restored is None else step
@@ -158,14 +162,6 @@ def main(_) -> None:
     with cli.one_sentence():
         result = report.write(run, task, graphdef, state.params, step, seconds)
     print(result)
-
-
-def make_mesh(batch_size: int) -> jax.sharding.Mesh:
-    """All devices, or the most that divide a batch, along one axis `data`."""
-    number = next(n for n in range(jax.device_count(), 0, -1) if batch_size % n == 0)
-    return jax.make_mesh(
-        (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
-    )
 
 
 def steps_to_boundary(step: int, config: setup.TrainConfig) -> int:

@@ -15,7 +15,9 @@ from flax.typing import Initializer
 from qkv_jax import nn
 from qkv_jax.models.config import TransformerConfig
 from qkv_jax.models.mixers import HEADS, MIXERS, qk_norm_kind
+from qkv_jax.nn import sharding
 from qkv_jax.nn.cross_block import CrossBlock
+from qkv_jax.ops import mesh
 from qkv_jax.ops.cache import check_room
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.positions import alibi_slopes
@@ -65,6 +67,7 @@ def add_positions(
     positions: jax.Array | None,
 ) -> jax.Array:
     """Token embeddings [B, T, D] with those of their positions, by default 0 ... T-1."""
+    x = sharding.looked_up(x)
     if config.scale_embeddings or config.position == "sinusoidal":
         x = x * math.sqrt(
             config.width
@@ -203,11 +206,24 @@ def block_states(
     first_values = None  # those of the first layer that hands its values down
     for block, rng in zip(blocks, rngs, strict=True):
         own, first_values = own_arguments(config, block, x, score, first_values)
-        apply = functools.partial(block, mask=mask, positions=positions, **shared, **own)
+        own |= {"mask": mask, "positions": positions, **shared}
+        apply = functools.partial(_apply, block, own)
         if config.remat:
             apply = jax.checkpoint(apply)
-        x = apply(x, rng=rng)
+        elif mesh.cuts("fsdp"):
+            apply = jax.checkpoint(apply, policy=sharding.saved)
+        x = apply(x, rng)
         yield x
+
+
+def _apply(
+    block: nn.TransformerBlock | CrossBlock,
+    kwargs: dict[str, Any],
+    x: jax.Array,
+    rng: jax.Array | None,
+) -> jax.Array:
+    block, x = sharding.gathered(block, x)
+    return block(x, rng=rng, **kwargs)
 
 
 def init_caches(blocks: Sequence[nn.TransformerBlock | CrossBlock], *args, **kwargs) -> list[Any]:
@@ -284,6 +300,7 @@ def vocabulary_logits(
     bias: nnx.Param | None = None,
 ) -> jax.Array:
     """The logits, float32 [B, T, V], of x [B, T, D]; without a head, by the embedding."""
+    x = sharding.all_tokens(x)
     if config.scale_logits:
         x = x / math.sqrt(config.width)
     if head is None:
@@ -294,7 +311,7 @@ def vocabulary_logits(
             logits = nn.linear.flat_dot_general(x, table.T, (((x.ndim - 1,), (0,)), ((), ())))
     else:
         logits = head(x)
-    logits = logits.astype(jnp.float32)
+    logits = mesh.constrain(logits.astype(jnp.float32), mesh.ROWS, mesh.TOKENS, mesh.HEADS)
     if bias is not None:
         logits += bias[...]
     if cap := config.logit_softcap:

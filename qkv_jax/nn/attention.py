@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 from qkv_jax import ops
 from qkv_jax.nn.linear import Linear, compute_dtype, project
 from qkv_jax.nn.norms import make_norm
+from qkv_jax.nn.sharding import by_heads
 from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.masks import Causal, Mask
 from qkv_jax.ops.scores import Score
@@ -334,7 +335,8 @@ class MultiHeadAttention(nnx.Module):
         v = flat.get("value", k)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = (
-            y.reshape(*y.shape[:2], n, self.head_dim) for y, n in zip((q, k, v), heads, strict=True)
+            by_heads(y.reshape(*y.shape[:2], n, self.head_dim))
+            for y, n in zip((q, k, v), heads, strict=True)
         )
         return q, k, v
 

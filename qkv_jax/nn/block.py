@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.nn.sharding import all_tokens, by_tokens
+
 NORM_POSITIONS = ("pre", "post", "both")
 
 
@@ -26,9 +28,10 @@ def add_branch(
     norm_position: str,
 ) -> jax.Array:
     """`x` and what a branch adds to it, normed where `TransformerBlock` says; [B, T, D]."""
+    x = by_tokens(x)
     if norm_position == "post":
-        return norm(x + branch(x))
-    change = branch(norm(x))
+        return norm(x + by_tokens(branch(all_tokens(x))))
+    change = by_tokens(branch(all_tokens(norm(x))))
     return x + (change if out_norm is None else out_norm(change))
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from qkv_jax.nn.linear import Linear, project
+from qkv_jax.nn.sharding import by_heads
 
 
 def relu_squared(x: jax.Array) -> jax.Array:
@@ -79,6 +80,6 @@ class FeedForward(nnx.Module):
         """Maps [..., D] to [..., D]."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return self.down(act(self.up(x)))
-        gate, up = project(x, [self.gate, self.up])
+            return self.down(act(by_heads(self.up(x))))
+        gate, up = map(by_heads, project(x, [self.gate, self.up]))
         return self.down(act(gate) * up)

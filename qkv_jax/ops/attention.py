@@ -9,6 +9,7 @@ from qkv_jax.ops import arguments
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.mesh import on_devices
 from qkv_jax.ops.reference import reference, reference_weights
 from qkv_jax.ops.scores import Score
 from qkv_jax.ops.stats import Stats
@@ -137,6 +138,11 @@ def attention_weights(
 
 
 def choose(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
+    """The implementation that was asked for, or the one that pays; on all devices of a mesh."""
+    return on_devices(of_one_device(args, implementation))
+
+
+def of_one_device(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
     """The implementation that was asked for, or the one that pays."""
     if isinstance(implementation, Blockwise):
         return implementation

@@ -7,7 +7,7 @@ import numpy as np
 
 from qkv_jax.ops import arguments, plan
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.attention import IMPLEMENTATIONS, blockwise_pays, choose
+from qkv_jax.ops.attention import IMPLEMENTATIONS, blockwise_pays, of_one_device
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
@@ -135,7 +135,7 @@ def explain(
     shapes = {"q": args.q.shape, "k": args.k.shape, "v": args.v.shape}
     if empty := [f"{name} {list(shape)}" for name, shape in shapes.items() if 0 in shape]:
         raise ValueError(f"explain: wanted no empty axis, got {', '.join(empty)}")
-    chosen = choose(args, implementation)
+    chosen = of_one_device(args, implementation)
     name = "reference" if chosen is reference else "blockwise"
     blocks = chosen if name == "blockwise" else IMPLEMENTATIONS["blockwise"]
     grid = grid_of(args, (blocks.block_q, blocks.block_kv))

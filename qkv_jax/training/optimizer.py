@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qkv_jax.nn.sharding import as_parameters
+
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "muon")
 # Newton-Schulz iterations of Muon. From optax's "aol" preconditioning (rows scaled by their sums in
@@ -137,7 +139,7 @@ def _stack(tree: Any) -> dict[str, jax.Array]:
     groups: dict[str, list[jax.Array]] = {}
     for leaf in jax.tree.leaves(tree):
         groups.setdefault("x".join(map(str, leaf.shape)), []).append(leaf)
-    return {name: jnp.stack(leaves) for name, leaves in groups.items()}
+    return as_parameters({name: jnp.stack(leaves) for name, leaves in groups.items()})
 
 
 def _unstack(stacked: dict[str, jax.Array], like: Any) -> Any:

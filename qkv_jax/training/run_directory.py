@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 # What a run may be resumed with other values of: none of them changes the steps already taken.
 RESUMABLE = frozenset(
     {
+        "mesh.context",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "train.cpu_devices",
         "train.num_steps",
         "train.eval_every",
         "train.save_every",

@@ -8,6 +8,8 @@ import optax
 from flax import nnx
 
 from qkv_jax import nn, ops
+from qkv_jax.nn.sharding import as_parameters
+from qkv_jax.ops import mesh
 from qkv_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -73,19 +75,22 @@ def make_train_step(
     """
 
     def gradients(params: nn.Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, nn.Params]:
+        def one(batch: Batch, rng: jax.Array) -> tuple[jax.Array, nn.Params]:
+            value, grads = jax.value_and_grad(loss)(params, batch, rng)
+            return value, as_parameters(grads)
+
         if accumulate == 1:
-            return jax.value_and_grad(loss)(params, batch, rng)
+            return one(batch, rng)
 
         def add(total, micro):
             micro_batch, i = micro
-            value_and_grads = jax.value_and_grad(loss)(
-                params, micro_batch, jax.random.fold_in(rng, i)
-            )
-            return jax.tree.map(jnp.add, total, value_and_grads), None
+            return jax.tree.map(jnp.add, total, one(micro_batch, jax.random.fold_in(rng, i))), None
 
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
-        )
+        def cut(x: jax.Array) -> jax.Array:
+            x = x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+            return mesh.constrain(x, None, mesh.ROWS, *[None] * (x.ndim - 2))
+
+        micro_batches = jax.tree.map(cut, batch)
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
         total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(accumulate)))
         return jax.tree.map(lambda x: x / accumulate, total)
@@ -96,7 +101,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        return as_parameters(state), metrics
 
     return train_step
 

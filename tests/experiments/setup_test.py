@@ -1,10 +1,12 @@
 """From a config to text, model and run: a user's mistake is one sentence, found before any work."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from configs import char_lm
@@ -13,6 +15,8 @@ from experiments.text import Text, keep_text, load_text
 from qkv_jax import nn, training
 from qkv_jax.data import CharTokenizer
 from qkv_jax.models import Decoder, MaskedLanguageModel
+from qkv_jax.ops.mesh import AXES
+from qkv_jax.training import sharding
 from qkv_jax.training.run_directory import open_run
 from tests.experiments.runs import assert_one_sentence, files_of, saved_steps
 
@@ -107,6 +111,40 @@ WRONG_FIELDS = [
 def test_a_wrong_field_is_named_with_what_came_and_what_was_wanted(capsys, corpus, fields, words):
     said = sentence(capsys, lambda: setup.resolve(make_config(corpus, fields)))
     assert all(word in said for word in words), said
+
+
+def abstract_mesh(*sizes):
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ((1, 1, 3, 1), ["config.model.num_heads", "config.mesh.tensor = 3", "got 4"]),
+        ((1, 1, 1, 2), ["config.data.context", "config.mesh.context = 2", "got 13"]),
+    ],
+)
+def test_a_mesh_that_does_not_divide_heads_or_tokens_is_named(
+    capsys, corpus, monkeypatch, sizes, words
+):
+    settings = setup.resolve(make_config(corpus))
+    monkeypatch.setattr(sharding, "make_mesh", lambda *args, **kwargs: abstract_mesh(*sizes))
+    said = sentence(capsys, lambda: setup.make_mesh(settings))
+    assert all(word in said for word in words), said
+
+
+def test_a_mesh_that_does_not_divide_the_devices_is_named(capsys, corpus):
+    settings = setup.resolve(make_config(corpus, {"mesh.fsdp": 2, "mesh.data": 1}))
+    said = sentence(capsys, lambda: setup.make_mesh(settings))
+    assert "config.mesh: data=1, fsdp=2" in said and "config.train.cpu_devices" in said
+
+
+def test_the_docs_show_the_plan_of_the_default_config():
+    settings = setup.resolve(char_lm.get_config())
+    _, state = setup.abstract_state(settings, vocab_size=96)
+    optimizer = training.make_optimizer(settings.optimizer, settings.train.num_steps)
+    page = (Path(__file__).parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+    assert sharding.plan(state.params, optimizer, abstract_mesh(2, 2, 2, 1)) in page
 
 
 def test_a_field_that_a_config_file_misspells_is_named(capsys, corpus):

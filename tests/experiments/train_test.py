@@ -144,6 +144,19 @@ def test_one_device_and_two_agree(finished, scripts, tmp_path):
     assert_close_metrics(tmp_path / "run", finished, 1e-4)
 
 
+def test_a_run_goes_on_on_another_mesh_as_if_nothing_had_changed(finished, scripts, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    done = scripts.train(
+        workdir, "train.cpu_devices=4", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert " on 4 x " in done.stdout and "resuming from step 15" in done.stdout
+    assert "| blocks/*/mixer/query/kernel | 16 x 16 | fsdp, tensor | 1,024 | 256 |" in done.stdout
+    assert_close_metrics(workdir, finished, 1e-4)
+
+
 @pytest.mark.slow
 def test_accumulated_halves_of_a_batch_are_the_batch(scripts, tmp_path):
     same = ("model.dropout_rate=0.0",)  # micro-batches drop out other elements

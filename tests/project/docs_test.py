@@ -48,6 +48,12 @@ def test_the_code_of_the_home_page_runs():
     run(blocks)
 
 
+def test_the_code_of_the_page_on_many_devices_runs():
+    printed = run(python_blocks((ROOT / "docs/scaling.md").read_text(encoding="utf-8")))
+    assert printed.startswith("(('fsdp',), ('tensor',))\n")
+    assert "| embedding/embedding | 64 x 32 | tensor, fsdp | 8,192 | 8,192 |" in printed
+
+
 @pytest.mark.parametrize("page", ["docs/qkv.md", "docs/ja/qkv.md", "docs/looking.md"])
 def test_the_explanation_prints_what_it_shows(page):
     text = (ROOT / page).read_text(encoding="utf-8")

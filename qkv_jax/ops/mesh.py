@@ -1,0 +1,148 @@
+"""Arrays on the devices of a mesh, and attention where its rows and heads lie.
+
+A mesh is set by `jax.set_mesh`; what is traced under it may know its axes. These have a meaning
+here, where they are of type Auto, and the compiler does what is not said:
+
+    data, fsdp    rows of a batch (parameters are cut along fsdp too: see `qkv_jax.nn.sharding`)
+    tensor        heads, the MLP's hidden units, the vocabulary
+    context       tokens
+
+Without a mesh, or on one device, nothing here does anything: the program is the same.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from qkv_jax.ops.arguments import Arguments, First
+from qkv_jax.ops.dropout import key_words
+from qkv_jax.ops.stats import Stats
+
+AXES = ("data", "fsdp", "tensor", "context")
+ROWS, HEADS, TOKENS = ("data", "fsdp"), ("tensor",), ("context",)
+Axes = Sequence[str] | None  # the mesh axes that cut one axis of an array
+Implementation = Callable[..., tuple[jax.Array, Stats]]
+
+
+def sizes() -> dict[str, int]:
+    """The size of each of `AXES` that cuts something: more than one device, of type Auto."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {
+        name: size
+        for name, size, kind in known
+        if name in AXES and size > 1 and kind == AxisType.Auto
+    }
+
+
+def cuts(*axes: str) -> bool:
+    """Whether any of these axes cuts something."""
+    return not sizes().keys().isdisjoint(axes)
+
+
+def fitted(wanted: Sequence[Axes], shape: Sequence[int], sizes: dict[str, int]) -> tuple[Axes, ...]:
+    """The mesh axes that cut each axis of an array: those wanted that exist and divide it."""
+    spec: list[Axes] = []
+    for axes, length in zip(wanted, shape, strict=True):
+        kept: tuple[str, ...] = ()
+        for name in axes or ():
+            pieces = math.prod(sizes[other] for other in kept) * sizes.get(name, 1)
+            if name in sizes and length % pieces == 0:
+                kept += (name,)
+        spec.append(kept or None)
+    return tuple(spec)
+
+
+def constrain(x: jax.Array, *wanted: Axes) -> jax.Array:
+    """`x`, which the compiler is to cut so; along what divides it, else whole.
+
+    Args:
+      x: any array.
+      *wanted: the mesh axes for each of its axes, such as `ROWS, None, HEADS`.
+    """
+    known = sizes()
+    if not known:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted(wanted, x.shape, known)))
+
+
+def on_devices(implementation: Implementation) -> Implementation:
+    """An implementation of attention on the mesh that is set: rows and heads where they lie.
+
+    Each device computes its rows of the batch, its heads and, along `context`, its queries, with
+    the keys of all tokens gathered (Llama 3, section 3.3.2, arxiv.org/abs/2407.21783). The compiler
+    left alone would gather rows and heads, over which an implementation may loop.
+    """
+    return functools.partial(_sharded, implementation) if sizes() else implementation
+
+
+def _sharded(
+    implementation: Implementation, args: Arguments, *, entropy: bool = True
+) -> tuple[jax.Array, Stats]:
+    known = sizes()
+    (B, T, N, _), K = args.q.shape, args.k.shape[2]
+    rows, queries, heads, _ = fitted((ROWS, TOKENS, HEADS, None), args.q.shape, known)
+    # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
+    # is sent to all devices that have queries for it.
+    copies = math.lcm(K, _pieces(heads, known)) // K
+
+    def operand(x: Any) -> PartitionSpec:  # [B or 1, N or 1, T or 1, ...], or a table
+        if np.ndim(x) != 4:
+            return PartitionSpec()
+        cut = zip((rows, heads, queries), x.shape, strict=False)
+        return PartitionSpec(*(axes if length > 1 else None for axes, length in cut))
+
+    q = PartitionSpec(rows, queries, heads)
+    kv = PartitionSpec(rows, None, heads)
+    rng = None if args.dropout_rng is None else key_words(args.dropout_rng)
+    arrays = {
+        "q": args.q, "k": _repeated(args.k, copies), "v": _repeated(args.v, copies),
+        "sinks": args.sinks, "scale": args.scale, "dropout_rng": rng,
+        "mask": args.mask, "score": args.score, "q_pos": args.q_pos, "kv_pos": args.kv_pos,
+    }  # fmt: skip
+    specs = jax.tree.map(operand, arrays) | {"q": q, "k": kv, "v": kv}
+    if args.sinks is not None:
+        specs["sinks"] = PartitionSpec(heads)
+    leaves, tree = jax.tree.flatten(arrays)
+    cuts = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    # What is known while tracing and not cut stays known: a plan of blocks is made of it.
+    passed = [isinstance(x, jax.Array) or any(spec) for x, spec in zip(leaves, cuts, strict=True)]
+
+    def here(*given: jax.Array) -> tuple[jax.Array, Stats]:
+        rest = iter(given)
+        mine = [next(rest) if p else x for x, p in zip(leaves, passed, strict=True)]
+        first = First(
+            batch=_first(rows, B // _pieces(rows, known)),
+            head=_first(heads, N // _pieces(heads, known)),
+            query=_first(queries, T // _pieces(queries, known)),
+        )
+        local = dataclasses.replace(args, first=first, **jax.tree.unflatten(tree, mine))
+        return implementation(local, entropy=entropy)
+
+    return jax.shard_map(
+        here,
+        in_specs=tuple(spec for spec, p in zip(cuts, passed, strict=True) if p),
+        out_specs=(q, PartitionSpec(rows, heads, queries)),
+        axis_names=set(known),
+    )(*(x for x, p in zip(leaves, passed, strict=True) if p))
+
+
+def _repeated(x: jax.Array, copies: int) -> jax.Array:
+    return x if copies == 1 else jnp.repeat(x, copies, axis=2)
+
+
+def _pieces(axes: Axes, sizes: dict[str, int]) -> int:
+    """Into how many pieces mesh axes cut."""
+    return math.prod(sizes[name] for name in axes or ())
+
+
+def _first(axes: Axes, length: int) -> int | jax.Array:
+    """The index of what is first on this device, which has `length`."""
+    return 0 if axes is None else jax.lax.axis_index(tuple(axes)) * length
