@@ -189,8 +189,8 @@ def test_a_mesh_that_cannot_be_is_one_sentence_that_names_it():
     assert "mesh.fsdp: wanted an integer >= 1, or -1, got 0" in wrong(fsdp=0)
     assert "mesh.tensor" in wrong(tensor=-2)
     assert "at most one axis of -1" in wrong(data=-1, fsdp=-1)
-    said = wrong(data=1, tensor=2)
-    assert "takes 2 devices" in said and "the 1 there are" in said and "cpu_devices" in said
+    said = wrong(data=1, tensor=16)
+    assert "takes 16 devices" in said and "the 8 there are" in said and "cpu_devices" in said
 
 
 def test_rows_that_devices_cannot_share_are_an_error_and_the_rest_takes_what_divides():
