@@ -307,8 +307,9 @@ def write(out: Path, sections: list[Section]) -> None:
         if row.median(side)
     ]
     lines = [
-        "# Decoding, beside transformers", "",
+        "# Decoding, beside transformers and nanoGPT", "",
         f"`python -m experiments.benchmark decode --rounds={ROUNDS.value}"
+        f"{' --nanogpt=<checkout>' if nanogpt.NANOGPT.value else ''}"
         f"{' --quick' if QUICK.value else ''}`", "",
         *(["**Small sizes: a smoke test. The figures mean nothing.**", ""] * bool(QUICK.value)),
         summary(sections), "",
