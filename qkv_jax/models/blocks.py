@@ -222,8 +222,7 @@ def _apply(
     x: jax.Array,
     rng: jax.Array | None,
 ) -> jax.Array:
-    block, x = sharding.gathered(block, x)
-    return block(x, rng=rng, **kwargs)
+    return sharding.gathered(block)(x, rng=rng, **kwargs)
 
 
 def init_caches(blocks: Sequence[nn.TransformerBlock | CrossBlock], *args, **kwargs) -> list[Any]:

@@ -82,29 +82,24 @@ def as_parameters(tree: Any) -> Any:
     return jax.tree.unflatten(structure, cut)
 
 
-def gathered(module: nnx.Module, x: jax.Array) -> tuple[nnx.Module, jax.Array]:
-    """A module with its parameters whole along fsdp, not before `x`, which it will be called with.
-
-    Without the barrier a compiler may gather the parameters of all layers at once, as memory has
-    room for in a test and not in earnest.
-    """
+def gathered(module: nnx.Module) -> nnx.Module:
+    """A module with its parameters whole along fsdp."""
     known = sizes()
     if "fsdp" not in known:
-        return module, x
+        return module
     graphdef, params = split(module)
-    params, x = jax.lax.optimization_barrier((params, x))
     leaves, structure = jax.tree.flatten(params)
     whole = [
         constrain(leaf, *(tuple(a for a in axes or () if a not in FSDP) for axes in cut))
         for leaf, cut in zip(leaves, leaf_axes(params, known), strict=True)
     ]
-    return merge(graphdef, jax.tree.unflatten(structure, whole)), x
+    return merge(graphdef, jax.tree.unflatten(structure, whole))
 
 
 # What only moves or casts numbers: on the way from a parameter to the product that it is used in.
 _MOVES = {
-    "sharding_constraint", "optimization_barrier", "convert_element_type", "concatenate",
-    "transpose", "reshape", "squeeze", "broadcast_in_dim", "split", "slice", "copy",
+    "sharding_constraint", "convert_element_type", "concatenate", "transpose",
+    "reshape", "squeeze", "broadcast_in_dim", "split", "slice", "copy",
 }  # fmt: skip
 
 
