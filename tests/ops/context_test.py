@@ -37,9 +37,7 @@ def spread(name):
     case = CASES[name]
     T, S = case.inputs["q"].shape[1], case.inputs["k"].shape[1]
     random = np.random.RandomState(3)
-    # A bit of dropout depends on the places of the query and of the key.
-    order = np.arange if "dropout_rate" in case.others else random.permutation
-    of_queries, of_keys = order(LENGTH), order(LENGTH)
+    of_queries, of_keys = random.permutation(LENGTH), random.permutation(LENGTH)
 
     def longer(x, axis, order):
         x = np.asarray(x)
@@ -92,14 +90,15 @@ def check_case(name, form, devices, implementation):
         functools.partial(attend, implementation=implementation), inputs, others
     )
     case = CASES[name]
-    assert_close(out[:, places], numpy_attention(case, **case.inputs)["out"])
+    if "dropout_rate" not in case.others:  # a bit of which depends on the places of the tokens
+        assert_close(out[:, places], numpy_attention(case, **case.inputs)["out"])
     expected_out, expected = of_one_device(name)
     assert_close(out, expected_out)
     jax.tree.map(functools.partial(assert_close, scale=2), gradients, expected)
 
 
-# What the quick tests take: operands that travel, stay, and have both axes; tables; all at once.
-OFTEN = ("segments", "bias_per_head_and_row", "score_of_ones_own", "everything_at_once")
+# What the quick tests take: operands that travel, stay, and have both axes; tables; dropout.
+OFTEN = ("segments", "bias_per_head_and_row", "score_of_ones_own", "dropout")
 ON_RINGS = [
     pytest.param(name, devices, marks=() if name in OFTEN and devices == 4 else pytest.mark.slow)
     for name in CASES
