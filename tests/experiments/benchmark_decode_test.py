@@ -26,6 +26,7 @@ def test_ours_alone_is_timed_where_transformers_is_not_installed(tmp_path, monke
 def test_the_page_has_rates_and_what_it_was_made_with(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_decode, "ROUNDS", type("Flag", (), {"value": 3}))
     monkeypatch.setattr(benchmark_decode, "QUICK", type("Flag", (), {"value": False}))
+    monkeypatch.setattr(benchmark_decode.nanogpt, "NANOGPT", type("Flag", (), {"value": None}))
     row = Row(
         "batch 8", {"transformers": [40.0, 20.0], "ours": [10.0, 10.0]},
         (Ratio("transformers", "ours", 2.0),), "ms a token",

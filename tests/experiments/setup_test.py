@@ -134,9 +134,9 @@ def test_a_mesh_that_does_not_divide_heads_or_tokens_is_named(
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_named(capsys, corpus):
-    settings = setup.resolve(make_config(corpus, {"mesh.fsdp": 2, "mesh.data": 1}))
+    settings = setup.resolve(make_config(corpus, {"mesh.fsdp": 16, "mesh.data": 1}))
     said = sentence(capsys, lambda: setup.make_mesh(settings))
-    assert "config.mesh: data=1, fsdp=2" in said and "config.train.cpu_devices" in said
+    assert "config.mesh: data=1, fsdp=16" in said and "config.train.cpu_devices" in said
 
 
 def test_the_docs_show_the_plan_of_the_default_config():

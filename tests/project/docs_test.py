@@ -111,12 +111,6 @@ def test_what_the_guide_to_flexible_attention_promises_holds():
     run(python_blocks(SHARED) + blocks)
 
 
-def test_the_code_of_the_guide_to_many_devices_runs():
-    blocks = python_blocks((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"))
-    assert len(blocks) == 4
-    run(blocks)
-
-
 def notebook_cells() -> list[str]:
     """The code of the notebook, without IPython's magic lines."""
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))

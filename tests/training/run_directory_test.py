@@ -55,9 +55,8 @@ def test_a_run_is_resumed_with_other_lengths_and_intervals_and_keeps_the_new_one
 
 
 def test_every_field_that_may_change_on_resume_is_in_the_base_config():
-    names = {f"{group}.{name}" for group, name in ((n.split(".")) for n in RESUMABLE)}
-    fields = {f"train.{name}" for name in char_lm.get_config().train}
-    assert names <= fields
+    fields = dict(run_directory.flat_fields(char_lm.get_config().to_dict()))
+    assert fields.keys() >= RESUMABLE
 
 
 def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
