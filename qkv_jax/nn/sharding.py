@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -103,9 +104,13 @@ _MOVES = {
 }  # fmt: skip
 
 
-def saved(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The policy of `jax.checkpoint` that keeps activations and gathers parameters again."""
-    return primitive.name not in _MOVES
+def saved(primitive: Any, *inputs: Any, **_: Any) -> bool:
+    """The policy of `jax.checkpoint` that keeps activations and gathers parameters again.
+
+    Complex numbers are computed again too: JAX cannot keep them, and fails.
+    """
+    is_complex = any(jax.dtypes.issubdtype(x.dtype, np.complexfloating) for x in inputs)
+    return primitive.name not in _MOVES and primitive.name != "fft" and not is_complex
 
 
 def looked_up(x: jax.Array) -> jax.Array:
