@@ -238,7 +238,7 @@ def gathers(sizes: str) -> dict[str, Any]:
 def state_bytes(sizes: str) -> int:
     """What one device holds of GPT-2's parameters and AdamW's state, by `memory_analysis()`."""
     config = DecoderConfig(
-        vocab_size=50_257, context=32, num_layers=12, width=768, num_heads=12, position="learned",
+        vocab_size=50_257, context=1024, num_layers=12, width=768, num_heads=12, position="learned",
         norm="layer", use_bias=True, tie_embeddings=True, qk_norm=False,
     )  # fmt: skip
     return compiled(config, sizes, length=32).memory_analysis().argument_size_in_bytes
