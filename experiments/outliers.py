@@ -99,7 +99,7 @@ def report(runs: Sequence[TrainedRun]) -> str:
         before, after = outliers(run, whole), outliers(run, small)
         losses = [run.task.measure(*nn.split(model))["loss"] for model in (whole, small, coarse)]
         cells = [
-            run.settings.name, f"`{run.settings.model['mixer']}`", f"{before.inf_norm:.1f}",
+            run.run.path.name, f"`{run.settings.model['mixer']}`", f"{before.inf_norm:.1f}",
             f"{before.tails:.2f}", f"{losses[0]:.4f}",
             *(f"{loss:.4f} ({loss - losses[0]:+.4f})" for loss in losses[1:]),
             f"{after.inf_norm:.1f}", f"{after.tails:.2f}",
@@ -114,7 +114,7 @@ def report(runs: Sequence[TrainedRun]) -> str:
         *lines, "",
         "| published | largest | kurtosis | perplexity | W8A8 |", "|---|" + "---:|" * 4,
         *published, "", ABOUT, "",
-        f"Layers of {first.settings.name}, in float32 and, in brackets, in W8A8:", "", *layers,
+        f"Layers of {first.run.path.name}, in float32 and, in brackets, in W8A8:", "", *layers,
     ])  # fmt: skip
 
 
