@@ -169,8 +169,8 @@ def beam_search(
             "kind: wanted a cache whose rows can be copied, got Pages, which all share"
         )
     prompts = Prompts.checked(
-        graphdef, params, prompt, lengths, sources, source_lengths, num_tokens=num_tokens,
-        context=context, copies=beams, kind=kind,
+        nn.merge(graphdef, params).config, prompt, lengths, sources, source_lengths,
+        num_tokens=num_tokens, context=context, copies=beams, kind=kind,
     )  # fmt: skip
     return _beam_search(
         graphdef, params, prompts, length_penalty, num_tokens=num_tokens, context=context,

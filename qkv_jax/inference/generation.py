@@ -140,8 +140,8 @@ def generate(
     chosen = Sampling(**sampling)
     at_least(1, num_samples=num_samples)
     prompts = Prompts.checked(
-        graphdef, params, prompt, lengths, sources, source_lengths, num_tokens=num_tokens,
-        context=context, copies=num_samples, kind=kind,
+        nn.merge(graphdef, params).config, prompt, lengths, sources, source_lengths,
+        num_tokens=num_tokens, context=context, copies=num_samples, kind=kind,
     )  # fmt: skip
     return _generate(
         graphdef, params, prompts, rng, num_tokens=num_tokens, context=context,
@@ -193,7 +193,12 @@ def stream(
     """
     chosen = Sampling(**sampling)
     prompts = Prompts.checked(
-        graphdef, params, prompt, num_tokens=num_tokens, context=context, copies=1, kind=kind
+        nn.merge(graphdef, params).config,
+        prompt,
+        num_tokens=num_tokens,
+        context=context,
+        copies=1,
+        kind=kind,
     )
     settings = {"stop": tuple(stop), "sampling": chosen, "num_samples": 1}
     return _stream(

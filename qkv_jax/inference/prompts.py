@@ -6,9 +6,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from qkv_jax import nn
 from qkv_jax.ops.cache import CacheKind
 from qkv_jax.ops.paged import Pages
 
@@ -35,8 +33,7 @@ class Prompts:
     @classmethod
     def checked(
         cls,
-        graphdef: nnx.GraphDef,
-        params: nn.Params,
+        config: Any,
         tokens: Integers,
         lengths: Integers | None = None,
         sources: Integers | None = None,
@@ -50,7 +47,7 @@ class Prompts:
         """Prompts of at most `context` tokens: of longer ones the end.
 
         Args:
-          graphdef, params: the model.
+          config: of the model.
           tokens, lengths, sources, source_lengths: as in the class, of any integers.
           num_tokens: how many will be added.
           context: the most tokens that the model may see.
@@ -62,7 +59,6 @@ class Prompts:
         """
         at_least(1, num_tokens=num_tokens)
         at_least(2, context=context)
-        config = nn.merge(graphdef, params).config
         tokens = check_tokens("prompt", "[B, P]", tokens, config.vocab_size)
         B, P = tokens.shape
         _check_lengths("lengths", lengths, B, P)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,26 @@ class Sampling:
 
     def __call__(self, logits: jax.Array, rngs: jax.Array, seen: jax.Array | None) -> jax.Array:
         """A token for each row, int32 [B], from logits [B, V]; each row has a key of its own."""
-        if seen is not None:
-            logits = penalised(logits, seen, self.repetition_penalty)
+        logits = self._penalised(logits, seen)
+        return jax.vmap(functools.partial(sample, **self._filters))(logits, rngs)
+
+    def distribution(self, logits: jax.Array, seen: jax.Array | None) -> jax.Array:
+        """The logits [..., V] of the distribution that a call draws from."""
+        logits = self._penalised(logits, seen)
+        if self.top_k == 1:  # the first where some tie, as `sample` takes
+            best = jnp.argmax(logits, axis=-1, keepdims=True)
+            return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+        return filter_logits(logits, **self._filters)
+
+    def _penalised(self, logits: jax.Array, seen: jax.Array | None) -> jax.Array:
+        return logits if seen is None else penalised(logits, seen, self.repetition_penalty)
+
+    @property
+    def _filters(self) -> dict[str, Any]:
+        """The arguments of `filter_logits`."""
         filters = dataclasses.asdict(self)
         del filters["repetition_penalty"]
-        return jax.vmap(functools.partial(sample, **filters))(logits, rngs)
+        return filters
 
 
 def check_sampling(

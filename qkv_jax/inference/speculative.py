@@ -20,7 +20,7 @@ from flax import nnx
 from qkv_jax import nn
 from qkv_jax.inference.decoding import capacity_for, packed, unpacked
 from qkv_jax.inference.prompts import Prompts, at_least, ends
-from qkv_jax.inference.sampling import Sampling, filter_logits, penalised
+from qkv_jax.inference.sampling import Sampling
 from qkv_jax.ops.cache import Cache, CacheKind
 from qkv_jax.ops.paged import Pages
 
@@ -85,11 +85,11 @@ def speculate(
     at_least(1, num_drafted=num_drafted)
     if isinstance(kind, Pages):
         raise ValueError("kind: wanted a cache with a slot for each position, got Pages")
+    target, draft = nn.merge(graphdef, params).config, nn.merge(draft_graphdef, draft_params).config
     prompt = Prompts.checked(
-        graphdef, params, prompt, num_tokens=num_tokens, context=context, copies=1, kind=kind
+        target, prompt, num_tokens=num_tokens, context=context, copies=1, kind=kind
     ).tokens
     longest = capacity_for(prompt.shape[1], num_tokens + 1, context)  # the last one is a draft's
-    target, draft = nn.merge(graphdef, params).config, nn.merge(draft_graphdef, draft_params).config
     if draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"draft_graphdef: wanted the target's vocabulary of {target.vocab_size} tokens, "
@@ -203,7 +203,7 @@ def _speculate(
         if seen is not None:  # after each input
             given = jax.nn.one_hot(inputs, seen.shape[-1], dtype=jnp.int32)
             seen = seen[:, None] | (jnp.cumsum(given, axis=1) > 0)
-        p = jax.nn.softmax(_filtered(target.logits(x), seen, sampling))
+        p = jax.nn.softmax(sampling.distribution(target.logits(x), seen))
         accepted, token = jax.vmap(verified)(p, q, inputs[:, 1:], _folded(keys, num_drafted))
         state = _written(state, inputs[:, 1:], accepted, token, context=context, stop=stop)
         kept = functools.partial(_kept, inputs=inputs, start=lengths, end=state.lengths - 1)
@@ -239,7 +239,7 @@ def _drafted(draft, cache, state, keys, num_drafted, sampling):
         x, cache = draft.extend(
             token[:, None], unpacked(cache, like), positions=_positions(first + i, 1)
         )
-        logits = _filtered(draft.logits(x)[:, 0], seen, sampling)
+        logits = sampling.distribution(draft.logits(x)[:, 0], seen)
         token = jax.vmap(jax.random.categorical)(_folded(keys, i), logits).astype(jnp.int32)
         if seen is not None:
             seen = seen.at[rows, token].set(True)
@@ -343,18 +343,6 @@ def _positions(lengths: jax.Array, number: int) -> jax.Array:
     """Of so many next tokens, [B, number]; of one row [number], which spares caches a scatter."""
     positions = lengths[:, None] + jnp.arange(number)
     return positions[0] if len(lengths) == 1 else positions
-
-
-def _filtered(logits: jax.Array, seen: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """The logits [..., V] of the distribution that `sampling` draws from."""
-    if seen is not None:
-        logits = penalised(logits, seen, sampling.repetition_penalty)
-    if sampling.top_k == 1:  # the first where some tie, as `sample` takes
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
-    filters = dataclasses.asdict(sampling)
-    del filters["repetition_penalty"]
-    return filter_logits(logits, **filters)
 
 
 def _folded(keys: jax.Array, number: Any) -> jax.Array:
