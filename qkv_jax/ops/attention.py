@@ -1,8 +1,10 @@
 """Attention: one call for every mask, score and backend. Check, choose, call."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import arguments
@@ -135,6 +137,26 @@ def attention_weights(
     )  # fmt: skip
     weights, _ = reference_weights(args)
     return weights
+
+
+def weighted_sum(args: Arguments, log_weight: Score) -> jax.Array:
+    """The values' sum by weights that need not sum to 1: the numerators of attention.
+
+        out = sum over s of exp(log_weight(logits)) * v[s]
+
+    Args:
+      args: checked arguments, without sinks.
+      log_weight: of a logit, the logarithm of its weight.
+
+    Returns:
+      [B, T, N, h], in the dtype of `v`. A query that may attend to nothing gets 0.
+    """
+    dtype = args.v.dtype
+    # Rounded once, after the product.
+    wide = dataclasses.replace(args, v=args.v.astype(args.dtype), score=(*args.score, log_weight))
+    out, stats = choose(wide, None)(wide, entropy=False)
+    sums = jnp.swapaxes(jnp.exp(stats.lse), 1, 2)[..., None]
+    return (out * sums).astype(dtype)
 
 
 def choose(args: Arguments, implementation: str | Blockwise | None) -> Implementation:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops import arguments, scores
-from qkv_jax.ops.attention import attention_weights, choose
+from qkv_jax.ops.attention import attention_weights, choose, weighted_sum
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.scores import Score
 
@@ -67,14 +67,7 @@ def clipped_softmax_attention(
     summing = dataclasses.replace(args, v=nothing, dropout_rate=0.0)
     _, softmax = choose(summing, None)(summing, entropy=False)
     lse = jnp.where(softmax.lse > -jnp.inf, softmax.lse, 0)[..., None]
-    args = dataclasses.replace(
-        args,
-        v=args.v.astype(args.dtype),  # rounded once, after the product below
-        score=(*args.score, scores.from_function(_log_clipped, lse, float(gamma), float(zeta))),
-    )
-    out, stats = choose(args, None)(args, entropy=False)
-    sums = jnp.swapaxes(jnp.exp(stats.lse), 1, 2)[..., None]
-    return (out * sums).astype(v.dtype)
+    return weighted_sum(args, scores.from_function(_log_clipped, lse, float(gamma), float(zeta)))
 
 
 def _log_clipped(

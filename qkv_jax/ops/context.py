@@ -17,7 +17,6 @@ queries, along S with the keys. One with both axes is cut along T and has the S 
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from qkv_jax.ops.arguments import Arguments, First
 from qkv_jax.ops.attention import choose
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.mesh import shared_out
 from qkv_jax.ops.ring import Ring
 from qkv_jax.ops.scores import Score
 from qkv_jax.ops.stats import Stats
@@ -147,7 +147,7 @@ def ulysses_attention(
       ValueError: also where the devices do not divide the query heads here.
     """
     args, ring = _checked(q, k, v, axis_name, batch_axis, head_axis, **kwargs)
-    (_, S, K, _), N, P = args.k.shape, args.q.shape[2], ring.size
+    S, N, P = args.k.shape[1], args.q.shape[2], ring.size
     if N % P:
         raise ValueError(
             f"q: {N} heads cannot be shared by the {P} devices along {axis_name!r} (N % P == 0)"
@@ -178,12 +178,11 @@ def ulysses_attention(
             )
         return ring.gathered(x, axis)
 
-    copies = math.lcm(K, P) // K  # of each key head, so that P divides their number
     args = dataclasses.replace(
         args,
         q=by_heads(args.q, 2, 1),
-        k=by_heads(jnp.repeat(args.k, copies, axis=2), 2, 1),
-        v=by_heads(jnp.repeat(args.v, copies, axis=2), 2, 1),
+        k=by_heads(shared_out(args.k, P), 2, 1),
+        v=by_heads(shared_out(args.v, P), 2, 1),
         mask=jax.tree.map(operand, args.mask),
         score=jax.tree.map(operand, args.score),
         sinks=None if args.sinks is None else of_these_heads(args.sinks, 0),

@@ -87,11 +87,11 @@ def _sharded(
     implementation: Implementation, args: Arguments, *, entropy: bool = True
 ) -> tuple[jax.Array, Stats]:
     known = sizes()
-    (B, T, N, _), K = args.q.shape, args.k.shape[2]
+    B, T, N, _ = args.q.shape
     rows, queries, heads, _ = fitted((ROWS, TOKENS, HEADS, None), args.q.shape, known)
     # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
     # is sent to all devices that have queries for it.
-    copies = math.lcm(K, _pieces(heads, known)) // K
+    k, v = (shared_out(x, _pieces(heads, known)) for x in (args.k, args.v))
 
     def operand(x: Any) -> PartitionSpec:  # [B or 1, N or 1, T or 1, ...], or a table
         if np.ndim(x) != 4:
@@ -103,7 +103,7 @@ def _sharded(
     kv = PartitionSpec(rows, None, heads)
     rng = None if args.dropout_rng is None else key_words(args.dropout_rng)
     arrays = {
-        "q": args.q, "k": _repeated(args.k, copies), "v": _repeated(args.v, copies),
+        "q": args.q, "k": k, "v": v,
         "sinks": args.sinks, "scale": args.scale, "dropout_rng": rng,
         "mask": args.mask, "score": args.score, "q_pos": args.q_pos, "kv_pos": args.kv_pos,
     }  # fmt: skip
@@ -134,7 +134,9 @@ def _sharded(
     )(*(x for x, p in zip(leaves, passed, strict=True) if p))
 
 
-def _repeated(x: jax.Array, copies: int) -> jax.Array:
+def shared_out(x: jax.Array, shards: int) -> jax.Array:
+    """Keys or values [B, S, K, H], each head as often as it takes for `shards` to divide them."""
+    copies = math.lcm(x.shape[2], shards) // x.shape[2]
     return x if copies == 1 else jnp.repeat(x, copies, axis=2)
 
 

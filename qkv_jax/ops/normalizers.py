@@ -10,7 +10,7 @@ import numpy as np
 
 from qkv_jax.ops import arguments, scores
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.attention import attention, choose
+from qkv_jax.ops.attention import attention, choose, weighted_sum
 from qkv_jax.ops.manual import varying_like
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.rows import attend_rows
@@ -211,14 +211,7 @@ def sigmoid_attention(
     if bias is not None and np.shape(bias) != ():
         raise ValueError(f"bias: wanted a number, got an array of shape {list(np.shape(bias))}")
     bias = -_log_counts(args) if bias is None else bias
-    args = dataclasses.replace(
-        args,
-        v=args.v.astype(args.dtype),  # rounded once, after the product below
-        score=(*args.score, scores.from_function(_log_sigmoid, bias)),
-    )
-    out, stats = choose(args, None)(args, entropy=False)
-    sums = jnp.swapaxes(jnp.exp(stats.lse), 1, 2)[..., None]
-    return (out * sums).astype(v.dtype)
+    return weighted_sum(args, scores.from_function(_log_sigmoid, bias))
 
 
 def _log_sigmoid(logits: Array, q_pos: Array, kv_pos: Array, head: Array, bias: Array) -> Array:
