@@ -183,7 +183,11 @@ def apply_blocks(
     **kwargs: Any,
 ) -> jax.Array:
     """The residual stream [B, T, D] after all blocks; arguments as in `block_states`."""
-    states = itertools.chain([x], block_states(config, blocks, x, **kwargs))
+    return last(itertools.chain([x], block_states(config, blocks, x, **kwargs)))
+
+
+def last(states: Iterator[jax.Array]) -> jax.Array:
+    """The last of some states; those before it are let go as it comes."""
     return collections.deque(states, maxlen=1).pop()
 
 

@@ -1,6 +1,5 @@
 """A decoder-only language model: GPT-2 style, Llama style and what lies between, by config."""
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from qkv_jax.models.blocks import (
     extend_blocks,
     init_caches,
     kernel_init,
+    last,
     logit_scores,
     make_bias,
     make_blocks,
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
           float32 [B, T, V].
         """
         states = self.hidden_states(tokens, mask=mask, positions=positions, rng=rng)
-        return self.logits(collections.deque(states, maxlen=1).pop())
+        return self.logits(last(states))
 
     def hidden_states(
         self,
