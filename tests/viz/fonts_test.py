@@ -1,10 +1,10 @@
 """Any script in a picture: a font that has it, or escapes and a sentence that says what to do."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from absl import logging
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 
 from qkv_jax import viz
@@ -64,15 +64,35 @@ def test_many_missing_characters_are_counted(only_its_own):
 
 
 def test_an_installed_font_that_has_them_is_used(installed, monkeypatch, tmp_path):
-    """A font of matplotlib's own that has boxes for all scripts stands for a Japanese one."""
-    found = {font.name: font for font in font_manager.fontManager.ttflist}
-    japanese = dataclasses.replace(found["Last Resort High-Efficiency"], name="A Japanese font")
-    said = installed([found["DejaVu Sans"], japanese])
+    own = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    path = a_font_of("猫", "A Japanese font", tmp_path / "japanese.ttf")
+    said = installed([*own, font_manager.FontEntry(fname=str(path), name="A Japanese font")])
     monkeypatch.setattr(fonts, "FALLBACKS", ("One that is not installed", "A Japanese font"))
     fig = viz.attention_heatmap(np.eye(2), query_tokens=["猫", "naïve"], title="猫")
     viz.save_figure(fig, tmp_path / "map.png")
     assert fonts.families() == ("DejaVu Sans", "A Japanese font")
     assert labels(fig) == ["猫", "naïve"] and said == []
+
+
+def a_font_of(character, name, path):
+    """A font that draws one character, as a box."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in [(100, 800), (900, 800), (900, 0)]:
+        pen.lineTo(corner)
+    pen.closePath()
+    glyphs = [".notdef", "box"]
+    font = FontBuilder(unitsPerEm=1000)
+    font.setupGlyphOrder(glyphs)
+    font.setupCharacterMap({ord(character): "box"})
+    font.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 100)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": name, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return path
 
 
 def test_a_token_in_a_table_does_not_depend_on_fonts(only_its_own):
