@@ -12,7 +12,12 @@ errors that surface at the next call.
 A step's directory holds two Orbax items: `arrays`, the bytes of all leaves in one array, and
 `manifest`, their names, dtypes, shapes and checksums (see `packing.py`). One array rather than one
 per leaf halves the time of small models, and where it is damaged no other read is left unfinished.
-One process at a time writes to a directory; any number read.
+Processes that train as one (see `processes.py`) write a step together, into a directory that they
+share: each what its devices hold, as two such items of its own, `part_<index>`. Once all parts are
+there, the first process renames the step's directory to what it is called. It is read by any
+number of processes, each of which keeps of it what its devices are to hold.
+
+One program at a time writes to a directory; any number read.
 """
 
 import contextlib
@@ -22,6 +27,7 @@ import operator
 import re
 import shutil
 import textwrap
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +36,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkv_jax.training.packing import DamagedError, leaf_names, make_manifest, pack, unpack
+from qkv_jax.training import processes
+from qkv_jax.training.packing import (
+    Assembled,
+    Box,
+    DamagedError,
+    Piece,
+    assemble,
+    box,
+    leaf_names,
+    make_manifest,
+    pack,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
-_LEFTOVER = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)", re.ASCII)
+_LEFTOVER = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted|parts)", re.ASCII)
+PATIENCE = 600.0  # seconds that the first process waits for the parts of the others
 
 
 class CheckpointError(RuntimeError):
@@ -67,9 +86,15 @@ class Checkpointer:
         except OSError as error:
             message = f"cannot create the checkpoint directory {self.directory}: {_reason(error)}"
             raise CheckpointError(message) from error
+        if processes.count() > 1:
+            if processes.is_first():
+                self._remove_leftovers()
+            processes.gather("ready")  # nobody writes before that
 
     def save(self, step: int, tree: Any) -> None:
         """Copies `tree` to the host and writes it in the background, after the save before it.
+
+        All processes save the same step.
 
         The arrays may be donated or overwritten as soon as this returns. Saving the step that was
         saved or restored last does nothing: it is there already.
@@ -142,6 +167,8 @@ class Checkpointer:
             as `like` if that spans several devices, else on the default device.
           step: read this one only, and rename nothing.
 
+        A step is good if all processes can read what they need of it.
+
         Returns:
           `(step, tree)`, bit for bit as saved, or None if nothing was saved.
 
@@ -152,9 +179,9 @@ class Checkpointer:
         self.wait()
         if step is None and not self.steps():
             return None
-        found, leaves, broken = _read_newest(self.directory, step)
+        found, leaves, broken = _read_newest(self.directory, step, like)
         tree = _fit(leaves, like, self.directory / str(found))
-        for newer, reason in broken.items():
+        for newer, reason in broken.items() if processes.is_first() else ():
             aside = _set_aside(self.directory / str(newer))
             log.warning("checkpoint %d is broken (%s): set aside as %s", newer, reason, aside)
         if broken:
@@ -162,19 +189,26 @@ class Checkpointer:
         self._current = found
         return found, tree
 
-    def _write(self, step: int, buffer: np.ndarray, layout: dict[str, dict]) -> None:
+    def _write(self, step: int, buffer: np.ndarray, layout: list[dict[str, Any]]) -> None:
         """Writes one step, then removes the oldest; runs in the background, Orbax's import too."""
-        self._remove_leftovers()
-        try:
-            with _orbax() as (orbax, args):
-                items = {
-                    "arrays": args.StandardSave({"bytes": buffer}),
-                    "manifest": args.JsonSave(make_manifest(buffer, layout, step)),
-                }
-                orbax.save(self.directory / str(step), args=args.Composite(**items))
-        except BaseException:
-            self._remove_leftovers()  # a full disk needs the space
-            raise
+        if processes.count() == 1:
+            self._remove_leftovers()
+            try:
+                _write_items(
+                    self.directory / str(step), buffer, make_manifest(buffer, layout, step)
+                )
+            except BaseException:
+                self._remove_leftovers()  # a full disk needs the space
+                raise
+        else:
+            parts = self.directory / f"{step}.parts"
+            parts.mkdir(exist_ok=True)
+            part = parts / f"part_{processes.index()}"
+            _write_items(part, buffer, make_manifest(buffer, layout, step))
+            if not processes.is_first():
+                return
+            _wait_for_parts(parts)
+            parts.rename(self.directory / str(step))
         for old in self.steps()[: -self.keep]:
             doomed = self.directory / f"{old}.deleted"  # a listed step is never half deleted
             (self.directory / str(old)).rename(doomed)
@@ -216,10 +250,32 @@ def load_checkpoint(
       CheckpointError: there is none, none can be read, or it does not fit `like`.
     """
     directory = Path(directory).absolute()
-    found, leaves, broken = _read_newest(directory, step)
+    found, leaves, broken = _read_newest(directory, step, {} if like is None else like)
     for newer, reason in broken.items():
         log.warning("checkpoint %d is broken (%s): using %d", newer, reason, found)
-    return found, leaves if like is None else _fit(leaves, like, directory / str(found))
+    if like is not None:
+        return found, _fit(leaves, like, directory / str(found))
+    return found, {name: _only(leaf) for name, leaf in leaves.items()}
+
+
+def _write_items(path: Path, buffer: np.ndarray, manifest: dict[str, Any]) -> None:
+    """Writes a buffer and its manifest as a directory, which appears once it is complete."""
+    with _orbax() as (orbax, args):
+        items = {
+            "arrays": args.StandardSave({"bytes": buffer}),
+            "manifest": args.JsonSave(manifest),
+        }
+        orbax.save(path, args=args.Composite(**items))
+
+
+def _wait_for_parts(parts: Path) -> None:
+    """Returns once every process has written its part."""
+    names = [f"part_{i}" for i in range(processes.count())]
+    deadline = time.monotonic() + PATIENCE
+    while missing := [name for name in names if not (parts / name).is_dir()]:
+        if time.monotonic() > deadline:
+            raise OSError(f"{', '.join(missing)} did not come within {PATIENCE:.0f} s")
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -227,11 +283,19 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
     """Yields (an Orbax checkpointer, Orbax's argument classes), imported only when needed."""
     import orbax.checkpoint as ocp
 
+    # Each process writes and reads alone: Orbax would wait for the others in another order.
+    index = processes.index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+
     # Orbax logs each error with several tracebacks and raises it too; the one raised is enough.
     absl = logging.getLogger("absl")
     absl.addFilter(_is_not_from_orbax)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        options = ocp.CompositeOptions(multiprocessing_options=alone)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer, ocp.args
     finally:
         absl.removeFilter(_is_not_from_orbax)
@@ -242,36 +306,63 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _read_newest(
-    directory: Path, step: int | None
-) -> tuple[int, dict[str, np.ndarray], dict[int, str]]:
-    """Returns (step, leaves, reasons of the newer steps that are broken)."""
-    available = list_steps(directory)
+    directory: Path, step: int | None, like: Any
+) -> tuple[int, dict[str, Assembled], dict[int, str]]:
+    """Returns (step, leaves, reasons of the newer steps that are broken), and all processes so."""
+    available, *others = processes.gather(list_steps(directory))
+    if any(steps != available for steps in others):
+        raise CheckpointError(
+            f"the processes find different checkpoints in {directory}: it has to be a directory "
+            "that all of them share"
+        )
     if not available:
         raise CheckpointError(f"there is no checkpoint in {directory}")
     if step is not None and step not in available:
         raise CheckpointError(f"there is no checkpoint {step} in {directory}, only {available}")
-    broken = {}
+    boxes, broken = _boxes(like), {}
     for candidate in reversed(available) if step is None else [step]:
+        leaves, reason = {}, ""
         try:
-            return candidate, _read(directory / str(candidate)), broken
+            leaves = assemble(_read(directory / str(candidate)), boxes)
         except Exception as error:  # for damaged files Orbax raises even bare Exceptions
-            broken[candidate] = _reason(error)
+            reason = _reason(error)
+        reason = next(filter(None, processes.gather(reason)), "")
+        if not reason:
+            return candidate, leaves, broken
+        broken[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in broken.items())
     raise CheckpointError(f"no checkpoint in {directory} can be read, all are kept ({reasons})")
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Reads one step and verifies it against its manifest."""
+def _boxes(like: Any) -> dict[str, set[Box]]:
+    """What this process is to hold of each array that is cut over devices."""
+    found = {}
+    for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True):
+        if _is_cut(leaf):
+            indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+            found[name] = {box(index, leaf.shape) for index in indices}
+    return found
+
+
+def _is_cut(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and len(sharding.device_set) > 1
+
+
+def _read(path: Path) -> Iterator[Piece]:
+    """Reads one step part by part, and verifies each against its manifest."""
     if any(inside.is_symlink() for inside in path.rglob("*")):
         raise DamagedError("it contains a symbolic link")
-    with _orbax() as (orbax, args):
-        items = {"arrays": args.StandardRestore(), "manifest": args.JsonRestore()}
-        restored = orbax.restore(path, args=args.Composite(**items))
-    buffer = np.asarray(restored.arrays["bytes"], np.uint8)
-    return unpack(buffer, restored.manifest, int(path.name))
+    parts = sorted(path.glob("part_*")) or [path]
+    for part in parts:
+        with _orbax() as (orbax, args):
+            items = {"arrays": args.StandardRestore(), "manifest": args.JsonRestore()}
+            restored = orbax.restore(part, args=args.Composite(**items))
+        buffer = np.asarray(restored.arrays["bytes"], np.uint8)
+        yield from unpack(buffer, restored.manifest, int(path.name))
 
 
-def _fit(leaves: dict[str, np.ndarray], like: Any, path: Path) -> Any:
+def _fit(leaves: dict[str, Assembled], like: Any, path: Path) -> Any:
     """Returns the leaves in the structure of `like`, or raises naming those that do not fit."""
     names = leaf_names(like)
     wanted = dict(zip(names, jax.tree.leaves(like), strict=True))
@@ -287,14 +378,22 @@ def _fit(leaves: dict[str, np.ndarray], like: Any, path: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
-def _place(array: np.ndarray, like: Any, name: str) -> np.ndarray | jax.Array:
+def _place(leaf: Assembled, like: Any, name: str) -> np.ndarray | jax.Array:
     if isinstance(like, np.ndarray | np.generic):
-        return array
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise CheckpointError(f"leaf {name} is {array.dtype}: set jax_enable_x64 to restore it")
-    sharding = getattr(like, "sharding", None)
-    several = sharding is not None and len(sharding.device_set) > 1
-    return jax.device_put(array, sharding if several else None)
+        return _only(leaf)
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        raise CheckpointError(f"leaf {name} is {leaf.dtype}: set jax_enable_x64 to restore it")
+    if not _is_cut(like):
+        return jax.device_put(_only(leaf))
+    return jax.make_array_from_callback(
+        leaf.shape, like.sharding, lambda index: leaf.boxes[box(index, leaf.shape)]
+    )
+
+
+def _only(leaf: Assembled) -> np.ndarray:
+    """An array of which everything was asked for."""
+    (array,) = leaf.boxes.values()
+    return array
 
 
 def _type(array: Any) -> str:

@@ -1,16 +1,21 @@
-"""A pytree of arrays as one buffer of bytes, and a manifest by which it is verified and unpacked.
+"""A pytree of arrays as buffers of bytes, and manifests to verify and to put them together by.
 
     buffer, layout = pack(tree)
     manifest = make_manifest(buffer, layout, step)
-    leaves = unpack(buffer, manifest, step)  # {"params/layers/0/kernel": array, ...}
+    pieces = unpack(buffer, manifest, step)
+    leaves = assemble(pieces, {})  # {"params/layers/0/kernel": {everything: array}, ...}
 
-The manifest is plain data, ready for JSON: the name, dtype, shape, offset and SHA-256 of each leaf,
-and a SHA-256 of all that.
+A buffer holds pieces of arrays: each array in one, or, where an array is cut over the devices of
+several processes, in each process's buffer what lies there. The manifest is plain data, ready for
+JSON: of each piece the array's name, dtype and shape, where in the array it begins, its own shape,
+its offset in the buffer and its SHA-256; and a SHA-256 of all that.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -31,14 +36,41 @@ def leaf_names(tree: Any) -> list[str]:
     return names
 
 
-def pack(tree: Any) -> tuple[np.ndarray, dict[str, dict]]:
-    """Copies every leaf into one buffer in host memory.
+@dataclass(frozen=True)
+class Piece:
+    """A part of an array, as it stands in a buffer."""
+
+    name: str
+    dtype: str
+    whole: tuple[int, ...]  # the array's shape
+    start: tuple[int, ...]  # where in the array the piece begins
+    data: np.ndarray
+
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each axis of an array
+
+
+@dataclass
+class Assembled:
+    """Some boxes of an array, filled with what pieces have of them."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    boxes: dict[Box, np.ndarray]
+    missing: dict[Box, int] = field(default_factory=dict)  # numbers
+
+
+def pack(tree: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Copies every leaf into one buffer in host memory: what this process has of it.
+
+    Of an array that is cut over several processes, that is the pieces on its devices, without
+    those of which another device has the first copy.
 
     Args:
       tree: a pytree of JAX or NumPy arrays.
 
     Returns:
-      The buffer, and the dtype, shape and offset of each leaf by name.
+      The buffer, and for each piece in it the name, dtype, whole shape, start, shape and offset.
 
     Raises:
       ValueError: a leaf is not an array of numbers, or there are none.
@@ -47,32 +79,56 @@ def pack(tree: Any) -> tuple[np.ndarray, dict[str, dict]]:
     for name, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or _is_opaque(leaf.dtype):
             raise ValueError(f"leaf {name} must be an array of numbers, got {leaf!r}")
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise ValueError(f"leaf {name} spans several processes; gather it before saving")
-    buffer = np.empty(sum(leaf.nbytes for leaf in leaves.values()), np.uint8)
-    if not buffer.size:
+    if not sum(leaf.nbytes for leaf in leaves.values()):
         raise ValueError("the tree to save holds no numbers")
-    layout, offset = {}, 0
-    for name, leaf in jax.device_get(leaves).items():
-        native = np.asarray(leaf, leaf.dtype.newbyteorder("="), order="C")
+    here = {name: leaf for name, leaf in leaves.items() if _is_whole(leaf)}
+    here = jax.device_get(here)
+    pieces = [
+        (name, leaf, start, data)
+        for name, leaf in leaves.items()
+        for start, data in ([((0,) * leaf.ndim, here[name])] if name in here else _shards(leaf))
+    ]
+    buffer = np.empty(sum(data.nbytes for *_, data in pieces), np.uint8)
+    layout, offset = [], 0
+    for name, leaf, start, data in pieces:
+        native = np.asarray(data, data.dtype.newbyteorder("="), order="C")
         buffer[offset : offset + native.nbytes] = native.reshape(-1).view(np.uint8)
-        layout[name] = {"dtype": native.dtype.name, "shape": native.shape, "offset": offset}
+        layout.append({
+            "name": name, "dtype": native.dtype.name, "whole": leaf.shape, "start": start,
+            "shape": native.shape, "offset": offset,
+        })  # fmt: skip
         offset += native.nbytes
     return buffer, layout
 
 
-def make_manifest(buffer: np.ndarray, layout: dict[str, dict], step: int) -> dict[str, Any]:
-    """What is in the buffer, with a checksum for each leaf and one for all of this."""
-    leaves = {
-        name: leaf | {"sha256": _sha256(buffer[leaf["offset"] :][: _num_bytes(leaf)])}
-        for name, leaf in layout.items()
-    }
-    manifest = {"format": 1, "step": step, "leaves": leaves}
+def _is_whole(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _shards(leaf: jax.Array) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Where what this process has of an array begins, and what it is; each only once."""
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            yield tuple(start for start, _ in box(shard.index, leaf.shape)), np.asarray(shard.data)
+
+
+def box(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """The box that slices cut from an array, as JAX's shardings give them."""
+    return tuple(cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True))
+
+
+def make_manifest(buffer: np.ndarray, layout: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """What is in the buffer, with a checksum for each piece and one for all of this."""
+    pieces = [
+        piece | {"sha256": _sha256(buffer[piece["offset"] :][: _num_bytes(piece)])}
+        for piece in layout
+    ]
+    manifest = {"format": 2, "step": step, "pieces": pieces}
     return manifest | {"sha256": _sha256(_canonical(manifest))}
 
 
-def unpack(buffer: np.ndarray, manifest: dict[str, Any], step: int) -> dict[str, np.ndarray]:
-    """The leaves by name, each with its own memory.
+def unpack(buffer: np.ndarray, manifest: dict[str, Any], step: int) -> Iterator[Piece]:
+    """The pieces of a buffer, of which each is a view.
 
     Raises:
       DamagedError: the buffer or the manifest is not what `pack` and `make_manifest` returned.
@@ -81,13 +137,79 @@ def unpack(buffer: np.ndarray, manifest: dict[str, Any], step: int) -> dict[str,
     claimed = manifest.pop("sha256")
     if _sha256(_canonical(manifest)) != claimed or manifest["step"] != step:
         raise DamagedError("its manifest is damaged")  # or a name might pass for another's
-    leaves = {}
+    for piece in manifest["pieces"] if manifest["format"] == 2 else _whole_leaves(manifest):
+        data = buffer[piece["offset"] :][: _num_bytes(piece)]
+        if _sha256(data) != piece["sha256"]:
+            raise DamagedError(f"the checksum of leaf {piece['name']} does not match")
+        data = data.copy().view(jnp.dtype(piece["dtype"]))  # a view asks for an aligned offset
+        yield Piece(
+            piece["name"], piece["dtype"], tuple(piece["whole"]), tuple(piece["start"]),
+            data.reshape(piece["shape"]),
+        )  # fmt: skip
+
+
+def _whole_leaves(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The pieces of the format before: every array in one."""
     for name, leaf in manifest["leaves"].items():
-        data = buffer[leaf["offset"] :][: _num_bytes(leaf)].copy()
-        if _sha256(data) != leaf["sha256"]:
-            raise DamagedError(f"the checksum of leaf {name} does not match")
-        leaves[name] = data.view(jnp.dtype(leaf["dtype"])).reshape(leaf["shape"])
+        start = [0] * len(leaf["shape"])
+        yield leaf | {"name": name, "whole": leaf["shape"], "start": start}
+
+
+def assemble(pieces: Iterable[Piece], wanted: Mapping[str, Iterable[Box]]) -> dict[str, Assembled]:
+    """Arrays by name, put together from the pieces of all buffers, in any order.
+
+    Args:
+      pieces: of one checkpoint.
+      wanted: the boxes to fill of each array; of those that it does not name, or that are of
+        another rank, everything.
+
+    Raises:
+      DamagedError: the pieces leave a part of a box out.
+    """
+    leaves: dict[str, Assembled] = {}
+    for piece in pieces:
+        if piece.name not in leaves:
+            leaves[piece.name] = _empty(piece, wanted.get(piece.name))
+        leaf = leaves[piece.name]
+        for box, array in leaf.boxes.items():
+            leaf.missing[box] -= _fill(array, box, piece)
+    for name, leaf in leaves.items():
+        if any(leaf.missing.values()):
+            raise DamagedError(f"a part of leaf {name} is missing")
     return leaves
+
+
+def _empty(piece: Piece, boxes: Iterable[Box] | None) -> Assembled:
+    everything = tuple((0, n) for n in piece.whole)
+    itself = tuple((a, a + n) for a, n in zip(piece.start, piece.data.shape, strict=True))
+    boxes = list(boxes or [everything])
+    if not all(_lies_in(box, piece.whole) for box in boxes):
+        boxes = [everything]
+    dtype = jnp.dtype(piece.dtype)
+    arrays = {
+        box: piece.data if box == itself else np.empty([b - a for a, b in box], dtype)
+        for box in boxes
+    }
+    missing = {box: array.size for box, array in arrays.items()}
+    return Assembled(dtype, piece.whole, arrays, missing)
+
+
+def _lies_in(box: Box, shape: Sequence[int]) -> bool:
+    return len(box) == len(shape) and all(b <= n for (_, b), n in zip(box, shape, strict=True))
+
+
+def _fill(array: np.ndarray, box: Box, piece: Piece) -> int:
+    """Copies what a piece has of a box into it; returns how many numbers."""
+    to, of = [], []
+    for (start, stop), first, length in zip(box, piece.start, piece.data.shape, strict=True):
+        low, high = max(start, first), min(stop, first + length)
+        if low >= high:
+            return 0
+        to.append(slice(low - start, high - start))
+        of.append(slice(low - first, high - first))
+    if array is not piece.data:
+        array[tuple(to)] = piece.data[tuple(of)]
+    return piece.data[tuple(of)].size
 
 
 def _num_bytes(leaf: dict[str, Any]) -> int:
