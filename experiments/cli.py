@@ -4,16 +4,22 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from qkv_jax.training import CheckpointError
+from qkv_jax.training import CheckpointError, processes
 
 USER_ERROR = 2  # the exit status, as for a misspelt flag
 INTERRUPTED = 130  # what shells report after Ctrl-C
+
+
+_failing = threading.Lock()
+USER_ERRORS = (ValueError, CheckpointError, FloatingPointError, ImportError, OSError)
 
 
 @contextlib.contextmanager
@@ -24,17 +30,50 @@ def one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, CheckpointError, FloatingPointError, ImportError) as error:
-        fail(str(error))
-    except OSError as error:
-        # For a missing config file, "[Errno 2] ..." ends an account of where it was looked for.
-        reason = str(error).rpartition("] ")[2]
-        fail(f"{error.filename}: {error.strerror}" if error.filename else reason)
+    except USER_ERRORS as error:
+        fail(_sentence(error))
+    except jax.errors.JaxRuntimeError as error:
+        if processes.count() == 1:
+            raise
+        fail(
+            "a computation of several processes failed, as it does when one of them ends "
+            f"({str(error).splitlines()[0]}); what was saved is kept, and the same commands go on"
+        )
 
 
-def fail(message: str) -> None:
-    """Prints the message and exits with the status of a user's mistake."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """`one_sentence` that ends every process where one of them fails, and waits for all."""
+    said = ""
+    try:
+        yield
+    except USER_ERRORS as error:
+        said = _sentence(error)
+    if first := next(filter(None, processes.gather(said)), None):
+        fail(first)
+
+
+def _sentence(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    # For a missing config file, "[Errno 2] ..." ends an account of where it was looked for.
+    reason = str(error).rpartition("] ")[2]
+    return f"{error.filename}: {error.strerror}" if error.filename else reason
+
+
+def fail(message: str) -> NoReturn:
+    """Prints the message and exits with the status of a user's mistake.
+
+    A process of several tells the others, and ends without waiting for them.
+    """
+    several = jax.distributed.is_initialized()
+    if several:
+        _failing.acquire()  # of two threads the first one speaks
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if several:
+        processes.announce(message)
+        sys.stdout.flush()
+        os._exit(USER_ERROR)
     sys.exit(USER_ERROR)
 
 

@@ -30,7 +30,7 @@ def write(
     Returns:
       The report, Markdown.
     """
-    params = jax.device_put(params, jax.devices()[0])
+    params = jax.device_put(params, jax.local_devices()[0])
     scores = task.measure(graphdef, params)
     sample, about_sample = task.sample(graphdef, params)
     rows = read_metrics(run.metrics)
@@ -101,7 +101,7 @@ def milliseconds_per_step(rows: list[dict[str, Any]], train: TrainConfig) -> flo
 
 def peak_memory() -> int | None:
     """The most bytes that this process has used: on the device, or of a CPU's memory."""
-    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if on_device is not None:
         return int(on_device)
     unit = 1 if sys.platform == "darwin" else 1024

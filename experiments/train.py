@@ -9,8 +9,11 @@ Run it again with the same flags and it goes on where it stopped, or reprints a 
 result. `--config` names a Python file, which is executed: use only files that you trust.
 """
 
+import functools
+import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,13 +21,13 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import char_lm
-from experiments import cli, report, setup
+from experiments import cli, distributed, report, setup
 from qkv_jax import nn, training
 from qkv_jax.ops.mesh import ROWS
-from qkv_jax.training import sharding
+from qkv_jax.training import processes, sharding
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.run_directory import RunDirectory, open_run
-from qkv_jax.training.writers import MetricWriter, read_metrics
+from qkv_jax.training.writers import MetricWriter, NoWriter, read_metrics
 
 CONFIG = cli.config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
@@ -38,12 +41,19 @@ def main(_) -> None:
     with cli.one_sentence():
         settings = setup.resolve(CONFIG.value)
         cli.use_cpu_devices(settings.train.cpu_devices)
+        distributed.join()
+        workdir = os.path.abspath(WORKDIR.value or f"runs/{settings.name}")
+    with cli.together():
         mesh = setup.make_mesh(settings)
         task = settings.task(settings)
         graphdef, params = setup.make_model(settings, task.vocab_size)
-        workdir = WORKDIR.value or f"runs/{settings.name}"
-        run = open_run(workdir, CONFIG.value, char_lm.get_config())
-        task.keep(run)
+    with cli.one_sentence():
+        distributed.check_equal(CONFIG.value, workdir=workdir, data=task.source)
+    with cli.together():
+        run = RunDirectory(Path(workdir))
+        if processes.is_first():
+            run = open_run(workdir, CONFIG.value, char_lm.get_config())
+            task.keep(run)
     print(task.source)
     print(f"run:  {run.path}")
 
@@ -64,7 +74,9 @@ def main(_) -> None:
     )
     eval_step = training.make_eval_step(graphdef, task.predict)
     probe = task.make_probe(graphdef)
-    print(f"model: {nn.count(params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    device = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    print(f"model: {nn.count(params):,} parameters on {device}{several}")
 
     # --- Where it stopped last time ---
     with cli.one_sentence():
@@ -74,7 +86,7 @@ def main(_) -> None:
     if restored is not None:
         step, state = restored
         done = step >= settings.train.num_steps or reached_goal(run, step, settings.train)
-        if done and run.report.exists():
+        if done and processes.gather(run.report.exists())[0]:
             print(f"finished: this run has made its {step} steps. Its report:\n")
             print(run.report.read_text(encoding="utf-8"))
             return
@@ -86,7 +98,8 @@ def main(_) -> None:
     schedule = training.make_schedule(
         settings.optimizer, settings.optimizer.learning_rate, settings.train.num_steps
     )
-    tokens_per_step = settings.windows["batch_size"] * settings.windows["context"]
+    batch_size = settings.windows["batch_size"]
+    tokens_per_step = batch_size * settings.windows["context"]
 
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
@@ -110,10 +123,14 @@ def main(_) -> None:
         progress.update(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
-        placed = (jax.device_put(batch, by_row) for batch in task.eval_batches())
+        placed = (processes.place(batch, by_row) for batch in task.eval_batches())
         means = training.mean_metrics(eval_step, state.params, placed)
         found = {f"validation_{name}": value for name, value in means.items()}
-        writer.write(now, found | probe(state.params) | {"elapsed": elapsed()})
+        if probe is not None:
+            params = processes.whole(state.params)
+            with processes.alone():
+                found |= probe(params)
+        writer.write(now, found | {"elapsed": elapsed()})
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
 
@@ -122,17 +139,18 @@ def main(_) -> None:
         cli.one_sentence(),
         jax.set_mesh(mesh),
         checkpointer,
-        MetricWriter(
-            run, wandb=settings.train.wandb, resume_step=None if restored is None else step
-        ) as writer,
+        make_writer(run, settings.train.wandb, None if restored is None else step) as writer,
         training.Progress(settings.train.num_steps, step, tokens_per_step) as progress,
         training.StopSignal() as stop,
     ):
         pending = None
         stopping = False
+        ballot = processes.Ballot(mesh)
         while not (done or stopping):
             count = steps_to_boundary(step, settings.train)
-            batches = jax.device_put(task.train_batches(step), by_step_and_row)
+            batches = processes.place_rows(
+                functools.partial(task.train_rows, step), batch_size, by_step_and_row
+            )
             state, metrics = train_steps(state, batches, count)
             if pending is not None:
                 record(*pending)
@@ -146,21 +164,26 @@ def main(_) -> None:
                 evaluate(state, step)
                 done = done or reached_goal(run, step, settings.train)
             save_every = settings.train.save_every
-            stopping = stop.requested  # read once: a signal must not come after the save is skipped
+            # Read once: a signal must not come after the save is skipped.
+            (stopping,) = ballot.cast(stop.requested)
             if done or stopping or (save_every and step % save_every == 0):
                 if pending is not None:
                     record(*pending)
                     pending = None
                 check_finite(state, step)
                 checkpointer.save(step, state)
+        params = processes.whole(state.params) if done else None
         seconds = elapsed()
+    processes.leave()
     if not done:
-        print(f"stopped by {stop.name} after step {step}, saved; the same command goes on")
+        print(f"stopped by {stop.name or 'a signal'} after step {step}, saved; "
+              "the same command goes on")  # fmt: skip
+    if not (done and processes.is_first()):
         return
 
     # --- What came of it ---
     with cli.one_sentence():
-        result = report.write(run, task, graphdef, state.params, step, seconds)
+        result = report.write(run, task, graphdef, params, step, seconds)
     print(result)
 
 
@@ -172,23 +195,35 @@ def steps_to_boundary(step: int, config: setup.TrainConfig) -> int:
     return min(config.steps_per_dispatch, min(ends) - step)
 
 
+def make_writer(run: RunDirectory, wandb: bool, resume_step: int | None) -> MetricWriter | NoWriter:
+    """What the metrics go to: files of the first process."""
+    if not processes.is_first():
+        return NoWriter()
+    return MetricWriter(run, wandb=wandb, resume_step=resume_step)
+
+
 def check_finite(state: training.TrainState, step: int) -> None:
     """Refuses to let a number that is not finite into a checkpoint."""
-    for name, leaf in zip(leaf_names(state), jax.device_get(jax.tree.leaves(state)), strict=True):
-        if not np.isfinite(leaf).all():
-            raise FloatingPointError(
-                f"step {step}: {name} is not finite; stopped without saving it, and the "
-                "checkpoints from before are kept. A smaller learning rate usually helps."
-            )
+    bad = (
+        name
+        for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True)
+        if not all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards)
+    )
+    if name := next(filter(None, processes.gather(next(bad, None))), None):
+        raise FloatingPointError(
+            f"step {step}: {name} is not finite; stopped without saving it, and the checkpoints "
+            "from before are kept. A smaller learning rate usually helps."
+        )
 
 
 def reached_goal(run: RunDirectory, step: int, config: setup.TrainConfig) -> bool:
     """Whether the evaluation after this step was as good as the config wants it."""
-    if config.stop_accuracy is None or not run.metrics.exists():
+    if config.stop_accuracy is None:
         return False
-    found = [row["validation_accuracy"] for row in read_metrics(run.metrics)
+    rows = read_metrics(run.metrics) if processes.is_first() and run.metrics.exists() else []
+    found = [row["validation_accuracy"] for row in rows
              if row["step"] == step and "validation_accuracy" in row]  # fmt: skip
-    return bool(found) and found[-1] >= config.stop_accuracy
+    return processes.gather(bool(found) and found[-1] >= config.stop_accuracy)[0]
 
 
 def previous_seconds(run: RunDirectory, step: int) -> float:

@@ -109,13 +109,13 @@ class Task(abc.ABC):
         number = self.settings.train.eval_batches * self.settings.windows["batch_size"]
         return f"{number} random windows"
 
-    def make_probe(self, graphdef: nnx.GraphDef) -> Callable[[nn.Params], dict[str, float]]:
+    def make_probe(self, graphdef: nnx.GraphDef) -> Callable[[nn.Params], dict[str, float]] | None:
         """What is followed while training beside loss and accuracy: a function of the parameters.
 
         It is called at each evaluation; what it returns stands in the metrics by its own names.
         """
         del graphdef
-        return lambda params: {}
+        return None
 
     # --- At the end ---
 

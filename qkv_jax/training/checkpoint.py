@@ -13,17 +13,20 @@ A step's directory holds two Orbax items: `arrays`, the bytes of all leaves in o
 `manifest`, their names, dtypes, shapes and checksums (see `packing.py`). One array rather than one
 per leaf halves the time of small models, and where it is damaged no other read is left unfinished.
 Processes that train as one (see `processes.py`) write a step together, into a directory that they
-share: each what its devices hold, as two such items of its own, `part_<index>`. Once all parts are
-there, the first process renames the step's directory to what it is called. It is read by any
-number of processes, each of which keeps of it what its devices are to hold.
+share: each what its devices hold, as files of its own in `part_<index>` (Orbax would have all write
+one array in step). Once all parts are there, the first process renames the step's
+directory to what it is called. It is read by any number of processes, each of which keeps of it
+what its devices are to hold.
 
 One program at a time writes to a directory; any number read.
 """
 
 import contextlib
 import errno
+import json
 import logging
 import operator
+import os
 import re
 import shutil
 import textwrap
@@ -49,6 +52,7 @@ from qkv_jax.training.packing import (
     pack,
     unpack,
 )
+from qkv_jax.training.run_directory import write_text_atomic
 
 log = logging.getLogger(__name__)
 
@@ -194,9 +198,12 @@ class Checkpointer:
         if processes.count() == 1:
             self._remove_leftovers()
             try:
-                _write_items(
-                    self.directory / str(step), buffer, make_manifest(buffer, layout, step)
-                )
+                with _orbax() as (orbax, args):
+                    items = {
+                        "arrays": args.StandardSave({"bytes": buffer}),
+                        "manifest": args.JsonSave(make_manifest(buffer, layout, step)),
+                    }
+                    orbax.save(self.directory / str(step), args=args.Composite(**items))
             except BaseException:
                 self._remove_leftovers()  # a full disk needs the space
                 raise
@@ -204,7 +211,7 @@ class Checkpointer:
             parts = self.directory / f"{step}.parts"
             parts.mkdir(exist_ok=True)
             part = parts / f"part_{processes.index()}"
-            _write_items(part, buffer, make_manifest(buffer, layout, step))
+            _write_part(part, buffer, make_manifest(buffer, layout, step))
             if not processes.is_first():
                 return
             _wait_for_parts(parts)
@@ -258,14 +265,22 @@ def load_checkpoint(
     return found, {name: _only(leaf) for name, leaf in leaves.items()}
 
 
-def _write_items(path: Path, buffer: np.ndarray, manifest: dict[str, Any]) -> None:
+def _write_part(path: Path, buffer: np.ndarray, manifest: dict[str, Any]) -> None:
     """Writes a buffer and its manifest as a directory, which appears once it is complete."""
-    with _orbax() as (orbax, args):
-        items = {
-            "arrays": args.StandardSave({"bytes": buffer}),
-            "manifest": args.JsonSave(manifest),
-        }
-        orbax.save(path, args=args.Composite(**items))
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.mkdir()
+    with open(temporary / "arrays.npy", "wb") as file:
+        np.save(file, buffer)
+        file.flush()
+        os.fsync(file.fileno())
+    write_text_atomic(temporary / "manifest.json", json.dumps(manifest))
+    temporary.rename(path)
+
+
+def _read_part(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The buffer, of which only what is looked at is read, and its manifest."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    return np.load(path / "arrays.npy", mmap_mode="r"), manifest
 
 
 def _wait_for_parts(parts: Path) -> None:
@@ -283,19 +298,11 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
     """Yields (an Orbax checkpointer, Orbax's argument classes), imported only when needed."""
     import orbax.checkpoint as ocp
 
-    # Each process writes and reads alone: Orbax would wait for the others in another order.
-    index = processes.index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-
     # Orbax logs each error with several tracebacks and raises it too; the one raised is enough.
     absl = logging.getLogger("absl")
     absl.addFilter(_is_not_from_orbax)
     try:
-        options = ocp.CompositeOptions(multiprocessing_options=alone)
-        handler = ocp.CompositeCheckpointHandler(composite_options=options)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             yield checkpointer, ocp.args
     finally:
         absl.removeFilter(_is_not_from_orbax)
@@ -353,13 +360,15 @@ def _read(path: Path) -> Iterator[Piece]:
     """Reads one step part by part, and verifies each against its manifest."""
     if any(inside.is_symlink() for inside in path.rglob("*")):
         raise DamagedError("it contains a symbolic link")
-    parts = sorted(path.glob("part_*")) or [path]
-    for part in parts:
+    step = int(path.name)
+    for part in sorted(path.glob("part_*")):
+        yield from unpack(*_read_part(part), step)
+    if not (path / "part_0").exists():
         with _orbax() as (orbax, args):
             items = {"arrays": args.StandardRestore(), "manifest": args.JsonRestore()}
-            restored = orbax.restore(part, args=args.Composite(**items))
+            restored = orbax.restore(path, args=args.Composite(**items))
         buffer = np.asarray(restored.arrays["bytes"], np.uint8)
-        yield from unpack(buffer, restored.manifest, int(path.name))
+        yield from unpack(buffer, restored.manifest, step)
 
 
 def _fit(leaves: dict[str, Assembled], like: Any, path: Path) -> Any:

@@ -88,7 +88,8 @@ def pack(tree: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
         for name, leaf in leaves.items()
         for start, data in ([((0,) * leaf.ndim, here[name])] if name in here else _shards(leaf))
     ]
-    buffer = np.empty(sum(data.nbytes for *_, data in pieces), np.uint8)
+    # A process may have none of the first copies; Orbax does not write nothing.
+    buffer = np.zeros(max(1, sum(data.nbytes for *_, data in pieces)), np.uint8)
     layout, offset = [], 0
     for name, leaf, start, data in pieces:
         native = np.asarray(data, data.dtype.newbyteorder("="), order="C")

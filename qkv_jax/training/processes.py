@@ -5,17 +5,22 @@ order, so whatever only one of them can know (a signal, a clock, what a disk hol
 all before it decides anything. With one process everything here returns at once.
 """
 
+import atexit
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client, as Orbax uses it: JAX has no public name for it
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+FAILED = "qkv_jax/failed"  # the coordinator's key under which a process says why it ends
 _left = False
 
 
@@ -35,7 +40,8 @@ def join(
       process_count: how many processes; None: as the cluster says.
       process_index: of this one, from 0; None: as the cluster says.
       timeout: seconds to wait for the others.
-      fail: is called with a sentence if they do not come, from another thread: it ends the process.
+      fail: is called from another thread, with a sentence: the others do not come, or later one of
+        them says that it fails, or process 0 ends. It ends this process, which waits in JAX.
 
     Raises:
       ValueError: naming the argument that is wrong, or missing where no cluster says it.
@@ -63,6 +69,36 @@ def join(
         ) from error
     finally:
         watch.cancel()
+    atexit.register(_leave)  # before JAX does what it has registered
+    threading.Thread(target=_listen, args=(fail,), daemon=True).start()
+
+
+def _listen(fail: Callable[[str], Any]) -> None:
+    """Ends this process when another one says that it fails, or is no longer there to ask."""
+    while not _left:
+        try:
+            said = distributed.global_state.client.blocking_key_value_get(FAILED, 10_000)
+        except Exception as error:
+            if _left or "DEADLINE_EXCEEDED" in str(error):
+                continue
+            said = "process 0 has ended, or cannot be reached"
+        if not _left:
+            fail(said)
+        return
+
+
+def announce(reason: str) -> None:
+    """Tells the other processes that this one ends, and why, so that they do not wait for it."""
+    said = f"process {index()} ended: {reason}"
+    with contextlib.suppress(Exception):  # process 0 may have gone
+        distributed.global_state.client.key_value_set(FAILED, said, allow_overwrite=True)
+    if is_first():
+        time.sleep(1)  # the others ask this process
+
+
+def _leave() -> None:
+    global _left
+    _left = True
 
 
 def _did_not_come(coordinator: str | None, index: int | None, timeout: int) -> str:
@@ -86,10 +122,9 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
 
 def leave() -> None:
     """Parts from the others, who do the same: what comes after is computed alone."""
-    global _left
     if count() > 1:
+        _leave()
         jax.distributed.shutdown()
-        _left = True
 
 
 def count() -> int:
@@ -204,3 +239,13 @@ def rows_of_process(batch_size: int, where: NamedSharding) -> slice:
 def whole(tree: Any) -> Any:
     """Every array of a pytree whole, on every process: of parameters that are cut over them."""
     return tree if count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def alone() -> contextlib.AbstractContextManager:
+    """What is computed in it is computed by each process, on a device of its own.
+
+    With one process nothing changes: it has the mesh.
+    """
+    if count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("alone",)))

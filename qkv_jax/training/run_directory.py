@@ -267,18 +267,29 @@ def _check_same_run(run: RunDirectory, text: str, base: ConfigDict | None) -> No
     except ValueError as error:
         raise ValueError(f"{run.config}: {error}") from error
     now = dict(flat_fields(json.loads(text)))
-    absent = object()
-    differing = []
-    for name in sorted((before.keys() | now.keys()) - RESUMABLE):
-        old, new = before.get(name, absent), now.get(name, absent)
-        if repr(old) != repr(new):  # by text: 1, 1.0 and True are equal otherwise
-            shown = ("absent" if value is absent else json.dumps(value) for value in (old, new))
-            differing.append("config.{}: {} there, {} now".format(name, *shown))
+    differing = differing_fields(
+        *({f"config.{k}": v for k, v in x.items() if k not in RESUMABLE} for x in (before, now)),
+        "there", "now",
+    )  # fmt: skip
     if differing:
         raise ValueError(
             f"workdir {run.path} holds a run of another config ({'; '.join(differing)});"
             " choose another --workdir"
         )
+
+
+def differing_fields(
+    ours: dict[str, Any], theirs: dict[str, Any], our_place: str, their_place: str
+) -> list[str]:
+    """What two flat configs, or the like, have differently, such as "seed: 1 there, 2 now"."""
+    absent = object()
+    found = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        values = ours.get(name, absent), theirs.get(name, absent)
+        if repr(values[0]) != repr(values[1]):  # by text: 1, 1.0 and True are equal otherwise
+            a, b = ("absent" if value is absent else json.dumps(value) for value in values)
+            found.append(f"{name}: {a} {our_place}, {b} {their_place}")
+    return found
 
 
 def _read_text(path: Path) -> str:

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qkv_jax.nn import Params
 from qkv_jax.nn.sharding import leaf_axes
 from qkv_jax.ops.mesh import AXES, ROWS
+from qkv_jax.training import processes
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.state import TrainState
 
@@ -65,10 +66,16 @@ def make_mesh(config: MeshConfig, *, batch_size: int) -> Mesh:
       batch_size: rows that are computed at once; data x fsdp divides it.
 
     Raises:
-      ValueError: the sizes do not divide the devices, or the batch.
+      ValueError: the sizes do not divide the devices, or the batch, or leave devices over while
+        there are several processes.
     """
     devices = jax.devices()
     sizes = tuple(axis_sizes(config, len(devices), batch_size).values())
+    if math.prod(sizes) < len(devices) and processes.count() > 1:
+        raise ValueError(
+            f"config.mesh: wanted all {len(devices)} devices, as there are several processes, got "
+            f"{_described(dict(zip(AXES, sizes, strict=True)))}"
+        )
     return jax.make_mesh(
         sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices[: math.prod(sizes)],
@@ -108,7 +115,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def placed(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step, the optimizer's made where it is to lie."""
     with jax.set_mesh(mesh):
-        state = TrainState.create(jax.device_put(params, shardings(params, mesh)), optimizer)
+        params = processes.place(params, shardings(params, mesh))
+        state = TrainState.create(params, optimizer)
         return jax.device_put(state, shardings(state, mesh))
 
 

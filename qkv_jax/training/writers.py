@@ -84,6 +84,19 @@ class MetricWriter:
         self.close()
 
 
+class NoWriter:
+    """What stands for a `MetricWriter` where another process writes."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` as dicts; a last line that a crash cut short is left out.
 
