@@ -48,7 +48,8 @@ def join() -> None:
         fail=cli.fail,
     )
     if not processes.is_first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print, too
 
 
 def _number(flag: int | None, variable: str) -> int | None:

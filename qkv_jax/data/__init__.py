@@ -49,7 +49,6 @@ from qkv_jax.data.repetition import repeats
 from qkv_jax.data.senses import masked_sentences, sentences
 from qkv_jax.data.shuffled import (
     EVERY_ROW,
-    rows_of_process,
     sequential_documents,
     shuffled_windows,
 )
@@ -116,7 +115,6 @@ __all__ = [
     "read_pairs",
     "recall",
     "repeats",
-    "rows_of_process",
     "same_document",
     "sentences",
     "sequential_documents",

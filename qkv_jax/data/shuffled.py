@@ -22,24 +22,6 @@ from qkv_jax.data.draws import TRAINING, permuted
 EVERY_ROW = slice(None)
 
 
-def rows_of_process(batch_size: int, process: int, processes: int) -> slice:
-    """The rows of a batch that one of several processes reads: contiguous, as many for each.
-
-    Raises:
-        ValueError: there is no such process, or the rows cannot be shared out evenly.
-    """
-    check_positive(batch_size=batch_size, processes=processes)
-    if not 0 <= process < processes:
-        raise ValueError(f"process is {process}; wanted 0 to {processes - 1}")
-    if batch_size % processes:
-        raise ValueError(
-            f"batch_size is {batch_size}; wanted a multiple of processes, {processes}, so that "
-            "each reads as many rows"
-        )
-    share = batch_size // processes
-    return slice(process * share, (process + 1) * share)
-
-
 def shuffled_windows(
     tokens: np.ndarray,
     *,
@@ -69,7 +51,7 @@ def shuffled_windows(
         context: tokens of a window, `T`.
         stream: `TRAINING`, `EVALUATION`, or any other number in [0, 2**64).
         documents: where documents start, int64 `[number]`, rising from 0; None: they do not matter.
-        rows: of each batch, what is read: see `rows_of_process`.
+        rows: of each batch, what is read: what one of several processes needs.
 
     Returns:
         `{"inputs": int32 [num_steps, B, T], "targets": int32 [num_steps, B, T]}`, `B` being the

@@ -14,9 +14,9 @@ A step's directory holds two Orbax items: `arrays`, the bytes of all leaves in o
 per leaf halves the time of small models, and where it is damaged no other read is left unfinished.
 Processes that train as one (see `processes.py`) write a step together, into a directory that they
 share: each what its devices hold, as files of its own in `part_<index>` (Orbax would have all write
-one array in step). Once all parts are there, the first process renames the step's
-directory to what it is called. It is read by any number of processes, each of which keeps of it
-what its devices are to hold.
+one array in step). Once all parts are there, the first process renames the step's directory to what
+it is called. It is read by any number of processes, each of which keeps of it what its devices are
+to hold.
 
 One program at a time writes to a directory; any number read.
 """
@@ -52,7 +52,6 @@ from qkv_jax.training.packing import (
     pack,
     unpack,
 )
-from qkv_jax.training.run_directory import write_text_atomic
 
 log = logging.getLogger(__name__)
 
@@ -269,11 +268,11 @@ def _write_part(path: Path, buffer: np.ndarray, manifest: dict[str, Any]) -> Non
     """Writes a buffer and its manifest as a directory, which appears once it is complete."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.mkdir()
-    with open(temporary / "arrays.npy", "wb") as file:
-        np.save(file, buffer)
-        file.flush()
-        os.fsync(file.fileno())
-    write_text_atomic(temporary / "manifest.json", json.dumps(manifest))
+    np.save(temporary / "arrays.npy", buffer)
+    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for file in temporary.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
     temporary.rename(path)
 
 

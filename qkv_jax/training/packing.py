@@ -165,10 +165,14 @@ def assemble(pieces: Iterable[Piece], wanted: Mapping[str, Iterable[Box]]) -> di
         another rank, everything.
 
     Raises:
-      DamagedError: the pieces leave a part of a box out.
+      DamagedError: the pieces leave a part of a box out, or one is there twice.
     """
     leaves: dict[str, Assembled] = {}
+    found = set()
     for piece in pieces:
+        if (piece.name, piece.start) in found:
+            raise DamagedError(f"a part of leaf {piece.name} is there twice")
+        found.add((piece.name, piece.start))
         if piece.name not in leaves:
             leaves[piece.name] = _empty(piece, wanted.get(piece.name))
         leaf = leaves[piece.name]

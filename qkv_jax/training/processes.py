@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 FAILED = "qkv_jax/failed"  # the coordinator's key under which a process says why it ends
-_left = False
+_joined = _left = False
 
 
 def join(
@@ -69,6 +69,8 @@ def join(
         ) from error
     finally:
         watch.cancel()
+    global _joined
+    _joined = True
     atexit.register(_leave)  # before JAX does what it has registered
     threading.Thread(target=_listen, args=(fail,), daemon=True).start()
 
@@ -89,6 +91,8 @@ def _listen(fail: Callable[[str], Any]) -> None:
 
 def announce(reason: str) -> None:
     """Tells the other processes that this one ends, and why, so that they do not wait for it."""
+    if not _joined:
+        return
     said = f"process {index()} ended: {reason}"
     with contextlib.suppress(Exception):  # process 0 may have gone
         distributed.global_state.client.key_value_set(FAILED, said, allow_overwrite=True)

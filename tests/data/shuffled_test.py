@@ -75,7 +75,7 @@ def test_one_two_and_four_processes_read_the_same_batches(documents):
         shares = [
             data.shuffled_windows(
                 TOKENS, step=6, documents=documents, **SIZES,
-                rows=data.rows_of_process(4, process, processes),
+                rows=slice(4 * process // processes, 4 * (process + 1) // processes),
             )
             for process in range(processes)
         ]  # fmt: skip
@@ -109,14 +109,6 @@ def test_there_may_be_more_tokens_than_32_bits_count():
 def test_a_size_that_cannot_be_is_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         data.shuffled_windows(TOKENS, **{"step": 0} | SIZES | wrong)
-
-
-def test_rows_that_processes_cannot_share_are_refused():
-    assert data.rows_of_process(12, 2, 3) == slice(8, 12)
-    with pytest.raises(ValueError, match="batch_size is 10; wanted a multiple of processes, 4"):
-        data.rows_of_process(10, 0, 4)
-    with pytest.raises(ValueError, match="process is 4; wanted 0 to 3"):
-        data.rows_of_process(8, 4, 4)
 
 
 # --- documents ----------------------------------------------------------------------------------
