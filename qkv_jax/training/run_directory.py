@@ -36,14 +36,19 @@ RESUMABLE = frozenset(
         "train.num_steps",
         "train.eval_every",
         "train.save_every",
+        "train.save_minutes",
+        "train.spike_factor",
         "train.log_every",
         "train.keep",
+        "train.keep_every",
         "train.figures",
         "train.sample_tokens",
         "train.steps_per_dispatch",
         "train.wandb",
     }
 )
+# And until it is finished: how to go on after the loss has jumped. Each change is told.
+ADJUSTABLE = frozenset({"optimizer.learning_rate", "optimizer.muon_learning_rate"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,14 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def tensorboard(self) -> Path:
@@ -268,17 +281,22 @@ def _check_same_run(run: RunDirectory, text: str, base: ConfigDict | None) -> No
         raise ValueError(f"{run.config}: {error}") from error
     now = dict(flat_fields(json.loads(text)))
     absent = object()
-    differing = []
+    differing, adjusted = [], []
     for name in sorted((before.keys() | now.keys()) - RESUMABLE):
         old, new = before.get(name, absent), now.get(name, absent)
         if repr(old) != repr(new):  # by text: 1, 1.0 and True are equal otherwise
-            shown = ("absent" if value is absent else json.dumps(value) for value in (old, new))
-            differing.append("config.{}: {} there, {} now".format(name, *shown))
+            shown = ["absent" if value is absent else json.dumps(value) for value in (old, new)]
+            if name in ADJUSTABLE and not run.report.exists():
+                adjusted.append("config.{} {} -> {}".format(name, *shown))
+            else:
+                differing.append("config.{}: {} there, {} now".format(name, *shown))
     if differing:
         raise ValueError(
             f"workdir {run.path} holds a run of another config ({'; '.join(differing)});"
             " choose another --workdir"
         )
+    if adjusted:
+        log.warning("resuming with another learning rate: %s", ", ".join(adjusted))
 
 
 def _read_text(path: Path) -> str:
