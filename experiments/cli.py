@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from qkv_jax.training import CheckpointError
+from qkv_jax.training import CheckpointError, LossSpikeError
 
 USER_ERROR = 2  # the exit status, as for a misspelt flag
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -24,7 +24,9 @@ def one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, CheckpointError, FloatingPointError, ImportError) as error:
+    except (
+        ValueError, CheckpointError, LossSpikeError, FloatingPointError, ImportError
+    ) as error:  # fmt: skip
         fail(str(error))
     except OSError as error:
         # For a missing config file, "[Errno 2] ..." ends an account of where it was looked for.

@@ -29,6 +29,9 @@ from qkv_jax.training.writers import MetricWriter, read_metrics
 CONFIG = cli.config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's directory; default: runs/<config.name>")
+PROFILE = flags.DEFINE_string(
+    "profile", None, "steps to trace, such as 100:110; see docs/scaling.md"
+)
 
 
 def main(_) -> None:
@@ -39,6 +42,7 @@ def main(_) -> None:
         settings = setup.resolve(CONFIG.value)
         cli.use_cpu_devices(settings.train.cpu_devices)
         mesh = setup.make_mesh(settings)
+        training.profiled_steps(PROFILE.value, start=0, end=settings.train.num_steps)
         task = settings.task(settings)
         graphdef, params = setup.make_model(settings, task.vocab_size)
         workdir = WORKDIR.value or f"runs/{settings.name}"
@@ -68,7 +72,9 @@ def main(_) -> None:
 
     # --- Where it stopped last time ---
     with cli.one_sentence():
-        checkpointer = training.Checkpointer(run.checkpoints, keep=settings.train.keep)
+        checkpointer = training.Checkpointer(
+            run.checkpoints, keep=settings.train.keep, keep_every=settings.train.keep_every
+        )
         restored = checkpointer.restore(like=state)
     step, done = 0, False
     if restored is not None:
@@ -81,6 +87,14 @@ def main(_) -> None:
         print(f"resuming from step {step}")
     with cli.one_sentence():
         elapsed_before = previous_seconds(run, step)
+        profiled = training.profiled_steps(PROFILE.value, start=step, end=settings.train.num_steps)
+        spikes = training.LossSpikes(settings.train.spike_factor, previous_losses(run, step))
+    save_times = training.SaveTimes(
+        step,
+        every=(settings.train.save_every, settings.train.keep_every),
+        minutes=settings.train.save_minutes,
+    )
+    heartbeat = training.Heartbeat(run.heartbeat, process=jax.process_index())
 
     # --- The loop: dispatch, then look at what the dispatch before returned ---
     schedule = training.make_schedule(
@@ -90,6 +104,11 @@ def main(_) -> None:
 
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
+
+    def saved() -> list[int]:
+        """The steps of the checkpoints there are, also of the one that is being written."""
+        checkpointer.wait()
+        return checkpointer.steps()
 
     def record(first: int, count: int, metrics: training.step.Metrics) -> None:
         """Waits for some steps, refuses what is not finite, writes what is to be written."""
@@ -106,8 +125,10 @@ def main(_) -> None:
             if now % settings.train.log_every == 0 or now == settings.train.num_steps:
                 learning_rate = float(schedule(now - 1))
                 writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
+            spikes.see(now, values["loss"], saved)
         shown["loss"] = values["loss"]
         progress.update(first + count, **shown)
+        heartbeat.beat(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
         placed = (jax.device_put(batch, by_row) for batch in task.eval_batches())
@@ -116,28 +137,35 @@ def main(_) -> None:
         writer.write(now, found | probe(state.params) | {"elapsed": elapsed()})
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
+        heartbeat.beat(now, **shown)
 
     shown: dict[str, float] = {}
     with (
         cli.one_sentence(),
+        heartbeat,
         jax.set_mesh(mesh),
         checkpointer,
         MetricWriter(
             run, wandb=settings.train.wandb, resume_step=None if restored is None else step
         ) as writer,
         training.Progress(settings.train.num_steps, step, tokens_per_step) as progress,
+        training.Profile(run.profile, profiled) as profile,
         training.StopSignal() as stop,
     ):
+        heartbeat.beat(step)
         pending = None
         stopping = False
         while not (done or stopping):
-            count = steps_to_boundary(step, settings.train)
+            count = steps_to_boundary(step, settings.train, profile.steps)
+            profile.before(step, state)
             batches = jax.device_put(task.train_batches(step), by_step_and_row)
             state, metrics = train_steps(state, batches, count)
             if pending is not None:
                 record(*pending)
             pending = (step, count, metrics)
             step += count
+            if said := profile.after(step, state):
+                progress.print(said)
             checkpointer.check()
             done = step == settings.train.num_steps
             if done or step % settings.train.eval_every == 0:
@@ -145,30 +173,36 @@ def main(_) -> None:
                 pending = None
                 evaluate(state, step)
                 done = done or reached_goal(run, step, settings.train)
-            save_every = settings.train.save_every
             stopping = stop.requested  # read once: a signal must not come after the save is skipped
-            if done or stopping or (save_every and step % save_every == 0):
+            if done or stopping or save_times.due(step):
                 if pending is not None:
                     record(*pending)
                     pending = None
-                check_finite(state, step)
-                checkpointer.save(step, state)
+                if done or stopping or not spikes.suspected:
+                    check_finite(state, step)
+                    checkpointer.save(step, state)
+                    save_times.saved(step)
         seconds = elapsed()
     if not done:
+        heartbeat.mark(f"stopped by {stop.name}")
         print(f"stopped by {stop.name} after step {step}, saved; the same command goes on")
         return
 
     # --- What came of it ---
-    with cli.one_sentence():
+    heartbeat.mark("reporting")
+    with cli.one_sentence(), heartbeat:
         result = report.write(run, task, graphdef, state.params, step, seconds)
+    heartbeat.mark("finished")
     print(result)
 
 
-def steps_to_boundary(step: int, config: setup.TrainConfig) -> int:
-    """How many steps the next dispatch takes: up to the next evaluation, save or end."""
-    ends = [config.num_steps] + [
-        (step // every + 1) * every for every in (config.eval_every, config.save_every) if every
-    ]
+def steps_to_boundary(
+    step: int, config: setup.TrainConfig, profiled: tuple[int, int] | None
+) -> int:
+    """How many steps the next dispatch takes: up to the next evaluation, save, profile or end."""
+    regular = config.eval_every, config.save_every, config.keep_every
+    ends = [config.num_steps, *((step // every + 1) * every for every in regular if every)]
+    ends += [edge for edge in profiled or () if edge > step]
     return min(config.steps_per_dispatch, min(ends) - step)
 
 
@@ -189,6 +223,13 @@ def reached_goal(run: RunDirectory, step: int, config: setup.TrainConfig) -> boo
     found = [row["validation_accuracy"] for row in read_metrics(run.metrics)
              if row["step"] == step and "validation_accuracy" in row]  # fmt: skip
     return bool(found) and found[-1] >= config.stop_accuracy
+
+
+def previous_losses(run: RunDirectory, step: int) -> list[float]:
+    """The losses that were written of the steps so far, in the processes before this one."""
+    if step == 0 or not run.metrics.exists():
+        return []
+    return [r["loss"] for r in read_metrics(run.metrics) if r["step"] <= step and "loss" in r]
 
 
 def previous_seconds(run: RunDirectory, step: int) -> float:
