@@ -22,6 +22,7 @@ from experiments import cli, report, setup
 from qkv_jax import nn, training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding
+from qkv_jax.training.heartbeat import Heartbeat
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.run_directory import RunDirectory, open_run
 from qkv_jax.training.writers import MetricWriter, read_metrics
@@ -94,7 +95,7 @@ def main(_) -> None:
         every=(settings.train.save_every, settings.train.keep_every),
         minutes=settings.train.save_minutes,
     )
-    heartbeat = training.Heartbeat(run.heartbeat, process=jax.process_index())
+    heartbeat = Heartbeat(run.heartbeat, process=jax.process_index())
 
     # --- The loop: dispatch, then look at what the dispatch before returned ---
     schedule = training.make_schedule(

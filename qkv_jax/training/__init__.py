@@ -10,7 +10,6 @@ from qkv_jax.training.distillation import (
     soft_target_loss,
 )
 from qkv_jax.training.evaluation import make_eval_step, mean_metrics
-from qkv_jax.training.heartbeat import Heartbeat
 from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.preemption import StopSignal
 from qkv_jax.training.profiling import Profile, profiled_steps
@@ -33,7 +32,6 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "DistillationConfig",
-    "Heartbeat",
     "Loss",
     "LossSpikeError",
     "LossSpikes",

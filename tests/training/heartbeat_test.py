@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qkv_jax.training import Heartbeat
+from qkv_jax.training.heartbeat import Heartbeat
 
 
 class Clock:
