@@ -1,4 +1,4 @@
-"""A folder of tokens on disk, read where they are needed: a text of any size costs a run nothing.
+"""A folder of tokens on disk, read where needed: a text of any size costs a run next to nothing.
 
     tokens.npy      uint8, uint16 or int32 [tokens], by the size of the vocabulary
     documents.npy   int64 [documents]: where each begins
@@ -114,7 +114,7 @@ class TokenFiles:
         """A batch that was read from here, of files that are still as they were opened.
 
         To be called with each batch, after it is read: so none is used of which a part is another
-        file's. Only what changes a file's content and neither its size, time nor number is left to
+        file's. Only what changes a file's content and neither its size, time nor inode is left to
         `verify`.
 
         Raises:

@@ -185,9 +185,12 @@ def test_a_run_is_bound_to_its_token_files(folder, tmp_path, capsys):
     keep_text(run, task.text)
     assert type(task).of_run(task.settings, run).text.corpus.sha256 == task.text.corpus.sha256
 
+    masked = task_of(folder, task="masked_lm")
     os.utime(folder / "tokens.npy", ns=(0, 0))
-    for read in (task.train_batches, lambda _: next(task.eval_batches())):
-        assert "changed since it was opened" in sentence(capsys, lambda read=read: read(0))
+    for one in (task, masked):
+        for read in (one.train_batches, lambda _, one=one: next(one.eval_batches()),
+                     lambda _, one=one: next(one.all_batches())):  # fmt: skip
+            assert "changed since it was opened" in sentence(capsys, lambda read=read: read(0))
 
     other = task_of(write(tmp_path, "other", data.ByteTokenizer()))
     assert "another text" in sentence(capsys, lambda: keep_text(run, other.text))
