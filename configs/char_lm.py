@@ -138,7 +138,11 @@ def get_config() -> ConfigDict:
     train.eval_every = 250  # steps
     train.eval_batches = 20  # random validation batches per evaluation while training
     train.save_every = 250  # steps between checkpoints; 0: only at the end
-    train.keep = 2  # checkpoints kept
+    train.save_minutes = 0.0  # after which one is made too, if none was; 0: never
+    train.keep = 2  # newest checkpoints kept
+    train.keep_every = 0  # steps whose multiples are saved, and kept for good; 0: none
+    # Stops where the loss is so many times the median of 100, five steps in a row; 0: never.
+    train.spike_factor = 0.0
     train.log_every = 10  # steps between metrics
     train.steps_per_dispatch = 10  # steps compiled into one call
     train.cpu_devices = 1  # on a CPU: devices made of it, for config.mesh

@@ -12,14 +12,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from qkv_jax.training import CheckpointError, processes
+from qkv_jax.training import CheckpointError, LossSpikeError, processes
 
 USER_ERROR = 2  # the exit status, as for a misspelt flag
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 _failing = threading.Lock()
-USER_ERRORS = (ValueError, CheckpointError, FloatingPointError, ImportError, OSError)
+USER_ERRORS = (
+    ValueError, CheckpointError, LossSpikeError, FloatingPointError, ImportError, OSError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def _number(flag: int | None, variable: str) -> int | None:
     return int(text)
 
 
-def check_equal(config: ConfigDict, **others: str) -> None:
+def check_equal(config: ConfigDict, **others: str | None) -> None:
     """Raises a ValueError, on every process, where they are not to do the same.
 
     Args:

@@ -79,7 +79,10 @@ class TrainConfig:
     eval_every: int
     eval_batches: int
     save_every: int
+    save_minutes: float
     keep: int
+    keep_every: int
+    spike_factor: float
     log_every: int
     steps_per_dispatch: int
     cpu_devices: int
@@ -93,7 +96,11 @@ class TrainConfig:
         for name in ("num_steps", "batch_size", "eval_every", "eval_batches", "keep", "log_every",
                      "steps_per_dispatch", "cpu_devices", "sample_tokens"):  # fmt: skip
             check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        check("train.save_every", self.save_every, self.save_every >= 0, "an integer >= 0")
+        for name in ("save_every", "keep_every"):
+            check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        minutes, factor = self.save_minutes, self.spike_factor
+        check("train.save_minutes", minutes, minutes >= 0, "a number >= 0")
+        check("train.spike_factor", factor, factor == 0 or factor > 1, "a number > 1, or 0")
         stop = self.stop_accuracy
         check("train.stop_accuracy", stop, stop is None or 0 < stop <= 1, "a number in (0, 1]")
         dtypes = ("float32", "bfloat16")

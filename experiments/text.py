@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 TOKEN_FILES, TOKEN_DOCUMENTS = "token_files", "token_documents"  # corpora in tokens already
 FLOOR_TOKENS = 2**22  # of token files, from which the floors count: their memory grows with them
 DECODED_TOKENS = 2**20  # of token files, at once
-MAPPED_WINDOWS = 32  # of token files, at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Text:
 
     corpus: data.Corpus | data.TokenFiles
     tokenizer: data.Tokenizer
-    train: np.ndarray  # integers [any number]
-    validation: np.ndarray
+    train: np.ndarray | data.ArrayFile  # integers [any number]
+    validation: np.ndarray | data.ArrayFile
 
     about_floors = "The floors are predictors that count, with add-one smoothing"
 
@@ -65,9 +64,13 @@ class Text:
         """Windows in which every token but the first is a target once."""
         return data.sequential_windows(self.validation, batch_size=batch_size, context=context)
 
+    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches of this text, as they are read; ValueError where it has changed meanwhile."""
+        return iter(batches)
+
 
 @dataclasses.dataclass(frozen=True)
-class MappedText(Text):
+class FileText(Text):
     """Token files, of which only the windows are read, each once an epoch.
 
     With documents, windows say which of them each token is of, and no document's first token is a
@@ -75,8 +78,8 @@ class MappedText(Text):
     """
 
     files: data.TokenFiles
-    train_documents: np.ndarray | None = None  # where they start, int64 [any number]
-    validation_documents: np.ndarray | None = None
+    train_documents: np.ndarray | data.ArrayFile | None = None  # where they start, int64 [number]
+    validation_documents: np.ndarray | data.ArrayFile | None = None
 
     about_floors = (
         f"The floors are predictors that count, with add-one smoothing, in the first "
@@ -86,7 +89,7 @@ class MappedText(Text):
     @classmethod
     def load(
         cls, config: "DataConfig", files: data.TokenFiles, tokenizer: data.Tokenizer
-    ) -> "MappedText":
+    ) -> "FileText":
         """The text of a config whose corpus is token files."""
         train, validation = data.split(
             files.tokens, config.validation_fraction, context=config.context
@@ -123,53 +126,25 @@ class MappedText(Text):
         return dataclasses.replace(self, corpus=corpus, validation=tokens, validation_documents=one)
 
     def train_windows(self, *, rows: slice = data.EVERY_ROW, **windows: int) -> Batch:
-        return self._shuffled(self.train, self.train_documents, rows=rows, **windows)
+        return self._shuffled(self.train, documents=self.train_documents, rows=rows, **windows)
 
     def random_windows(self, **windows: int) -> Batch:
-        tokens, documents = self.validation, self.validation_documents
         windows = {"num_steps": 1, "stream": data.EVALUATION, **windows}
-        batch = self._shuffled(tokens, documents, rows=data.EVERY_ROW, **windows)
+        batch = self._shuffled(self.validation, documents=self.validation_documents, **windows)
         return {name: array[0] for name, array in batch.items()}
 
-    def _shuffled(
-        self,
-        tokens: np.ndarray,
-        documents: np.ndarray | None,
-        *,
-        num_steps: int,
-        batch_size: int,
-        rows: slice,
-        **windows: int,
-    ) -> Batch:
-        """`data.shuffled_windows`, a few at a time: what they are read from stays mapped so long.
-
-        The system maps up to megabytes around what is read.
-        """
-        self.files.check_unchanged()
-        rows, few = range(batch_size)[rows], max(1, MAPPED_WINDOWS // num_steps)
-        batches = []
-        for first in range(0, len(rows), few):
-            some = rows[first : first + few]
-            batch = data.shuffled_windows(
-                tokens, num_steps=num_steps, batch_size=batch_size, documents=documents,
-                rows=slice(some.start, some.stop, some.step), **windows,
-            )  # fmt: skip
-            batches.append(self.files.checked(batch))
-        return {
-            name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]
-        }
+    def _shuffled(self, *args: Any, **windows: Any) -> Batch:
+        return self.files.checked(data.shuffled_windows(*args, **windows))
 
     def all_windows(self, *, batch_size: int, context: int) -> Iterator[Batch]:
         tokens, documents = self.validation, self.validation_documents
         sizes = {"batch_size": batch_size, "context": context}
-        batches = (
-            data.sequential_windows(tokens, **sizes)
-            if documents is None
-            else data.sequential_documents(tokens, documents, **sizes)
-        )
-        for batch in batches:
-            self.files.check_unchanged()
-            yield self.files.checked(batch)
+        if documents is None:
+            return self.checked(data.sequential_windows(tokens, **sizes))
+        return self.checked(data.sequential_documents(tokens, documents, **sizes))
+
+    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return map(self.files.checked, batches)
 
 
 def load_text(config: "DataConfig", tokenizer: data.Tokenizer | None = None) -> Text:
@@ -194,7 +169,7 @@ def load_text(config: "DataConfig", tokenizer: data.Tokenizer | None = None) -> 
     return Text(corpus, tokenizer, train, validation)
 
 
-def _load_token_files(config: "DataConfig", tokenizer: data.Tokenizer | None) -> MappedText:
+def _load_token_files(config: "DataConfig", tokenizer: data.Tokenizer | None) -> FileText:
     if not config.path:
         raise ValueError(
             f"corpus {config.corpus!r} needs a path: a folder of experiments.prepare_tokens"
@@ -213,7 +188,7 @@ def _load_token_files(config: "DataConfig", tokenizer: data.Tokenizer | None) ->
         raise ValueError(
             f"config.data.path: {config.path} holds tokens of another tokenizer than the run's"
         )
-    return MappedText.load(config, files, own)
+    return FileText.load(config, files, own)
 
 
 def keep_text(run: RunDirectory, text: Text) -> None:

@@ -25,6 +25,7 @@ from experiments import cli, distributed, report, setup
 from qkv_jax import nn, training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import processes, sharding
+from qkv_jax.training.heartbeat import Heartbeat
 from qkv_jax.training.packing import leaf_names
 from qkv_jax.training.run_directory import RunDirectory, open_run
 from qkv_jax.training.writers import MetricWriter, NoWriter, read_metrics
@@ -32,6 +33,9 @@ from qkv_jax.training.writers import MetricWriter, NoWriter, read_metrics
 CONFIG = cli.config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's directory; default: runs/<config.name>")
+PROFILE = flags.DEFINE_string(
+    "profile", None, "steps to trace, such as 100:110; see docs/scaling.md"
+)
 
 
 def main(_) -> None:
@@ -45,10 +49,13 @@ def main(_) -> None:
         workdir = os.path.abspath(WORKDIR.value or f"runs/{settings.name}")
     with cli.together():
         mesh = setup.make_mesh(settings)
+        training.profiled_steps(PROFILE.value, start=0, end=settings.train.num_steps)
         task = settings.task(settings)
         graphdef, params = setup.make_model(settings, task.vocab_size)
     with cli.one_sentence():
-        distributed.check_equal(CONFIG.value, workdir=workdir, data=task.source)
+        distributed.check_equal(
+            CONFIG.value, workdir=workdir, profile=PROFILE.value, data=task.source
+        )
     with cli.together():
         run = RunDirectory(Path(workdir))
         if processes.is_first():
@@ -80,7 +87,9 @@ def main(_) -> None:
 
     # --- Where it stopped last time ---
     with cli.one_sentence():
-        checkpointer = training.Checkpointer(run.checkpoints, keep=settings.train.keep)
+        checkpointer = training.Checkpointer(
+            run.checkpoints, keep=settings.train.keep, keep_every=settings.train.keep_every
+        )
         restored = checkpointer.restore(like=state)
     step, done = 0, False
     if restored is not None:
@@ -93,6 +102,14 @@ def main(_) -> None:
         print(f"resuming from step {step}")
     with cli.one_sentence():
         elapsed_before = previous_seconds(run, step)
+        profiled = training.profiled_steps(PROFILE.value, start=step, end=settings.train.num_steps)
+        spikes = training.LossSpikes(settings.train.spike_factor, previous_losses(run, step))
+    save_times = training.SaveTimes(
+        step,
+        every=(settings.train.save_every, settings.train.keep_every),
+        minutes=settings.train.save_minutes,
+    )
+    heartbeat = Heartbeat(run.heartbeat_of(processes.index()), process=processes.index())
 
     # --- The loop: dispatch, then look at what the dispatch before returned ---
     schedule = training.make_schedule(
@@ -103,6 +120,11 @@ def main(_) -> None:
 
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
+
+    def saved() -> list[int]:
+        """The steps of the checkpoints there are, also of the one that is being written."""
+        checkpointer.wait()
+        return checkpointer.steps()
 
     def record(first: int, count: int, metrics: training.step.Metrics) -> None:
         """Waits for some steps, refuses what is not finite, writes what is to be written."""
@@ -119,8 +141,10 @@ def main(_) -> None:
             if now % settings.train.log_every == 0 or now == settings.train.num_steps:
                 learning_rate = float(schedule(now - 1))
                 writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
+            spikes.see(now, values["loss"], saved)
         shown["loss"] = values["loss"]
         progress.update(first + count, **shown)
+        heartbeat.beat(first + count, **shown)
 
     def evaluate(state: training.TrainState, now: int) -> None:
         placed = (processes.place(batch, by_row) for batch in task.eval_batches())
@@ -133,21 +157,26 @@ def main(_) -> None:
         writer.write(now, found | {"elapsed": elapsed()})
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
+        heartbeat.beat(now, **shown)
 
     shown: dict[str, float] = {}
     with (
         cli.one_sentence(),
+        heartbeat,
         jax.set_mesh(mesh),
         checkpointer,
         make_writer(run, settings.train.wandb, None if restored is None else step) as writer,
         training.Progress(settings.train.num_steps, step, tokens_per_step) as progress,
+        training.Profile(run.profile, profiled if processes.is_first() else None) as profile,
         training.StopSignal() as stop,
     ):
+        heartbeat.beat(step)
         pending = None
         stopping = False
         ballot = processes.Ballot(mesh)
         while not (done or stopping):
-            count = steps_to_boundary(step, settings.train)
+            count = steps_to_boundary(step, settings.train, profiled)
+            profile.before(step, state)
             batches = processes.place_rows(
                 functools.partial(task.train_rows, step), batch_size, by_step_and_row
             )
@@ -156,6 +185,8 @@ def main(_) -> None:
                 record(*pending)
             pending = (step, count, metrics)
             step += count
+            if said := profile.after(step, state):
+                progress.print(said)
             checkpointer.check()
             done = step == settings.train.num_steps
             if done or step % settings.train.eval_every == 0:
@@ -163,35 +194,43 @@ def main(_) -> None:
                 pending = None
                 evaluate(state, step)
                 done = done or reached_goal(run, step, settings.train)
-            save_every = settings.train.save_every
             # Read once: a signal must not come after the save is skipped.
-            (stopping,) = ballot.cast(stop.requested)
-            if done or stopping or (save_every and step % save_every == 0):
+            stopping, late = ballot.cast(stop.requested, save_times.late())
+            if done or stopping or late or save_times.due(step):
                 if pending is not None:
                     record(*pending)
                     pending = None
-                check_finite(state, step)
-                checkpointer.save(step, state)
+                if done or stopping or not spikes.suspected:
+                    check_finite(state, step)
+                    checkpointer.save(step, state)
+                    save_times.saved(step)
         params = processes.whole(state.params) if done else None
         seconds = elapsed()
     processes.leave()
     if not done:
+        heartbeat.mark(f"stopped by {stop.name or 'a signal'}")
         print(f"stopped by {stop.name or 'a signal'} after step {step}, saved; "
               "the same command goes on")  # fmt: skip
-    if not (done and processes.is_first()):
+        return
+    if not processes.is_first():
+        heartbeat.mark("finished")
         return
 
     # --- What came of it ---
-    with cli.one_sentence():
+    heartbeat.mark("reporting")
+    with cli.one_sentence(), heartbeat:
         result = report.write(run, task, graphdef, params, step, seconds)
+    heartbeat.mark("finished")
     print(result)
 
 
-def steps_to_boundary(step: int, config: setup.TrainConfig) -> int:
-    """How many steps the next dispatch takes: up to the next evaluation, save or end."""
-    ends = [config.num_steps] + [
-        (step // every + 1) * every for every in (config.eval_every, config.save_every) if every
-    ]
+def steps_to_boundary(
+    step: int, config: setup.TrainConfig, profiled: tuple[int, int] | None
+) -> int:
+    """How many steps the next dispatch takes: up to the next evaluation, save, profile or end."""
+    regular = config.eval_every, config.save_every, config.keep_every
+    ends = [config.num_steps, *((step // every + 1) * every for every in regular if every)]
+    ends += [edge for edge in profiled or () if edge > step]
     return min(config.steps_per_dispatch, min(ends) - step)
 
 
@@ -224,6 +263,13 @@ def reached_goal(run: RunDirectory, step: int, config: setup.TrainConfig) -> boo
     found = [row["validation_accuracy"] for row in rows
              if row["step"] == step and "validation_accuracy" in row]  # fmt: skip
     return processes.gather(bool(found) and found[-1] >= config.stop_accuracy)[0]
+
+
+def previous_losses(run: RunDirectory, step: int) -> list[float]:
+    """The losses that were written of the steps so far, in the processes before this one."""
+    if step == 0 or not run.metrics.exists():
+        return []
+    return [r["loss"] for r in read_metrics(run.metrics) if r["step"] <= step and "loss" in r]
 
 
 def previous_seconds(run: RunDirectory, step: int) -> float:

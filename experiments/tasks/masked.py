@@ -64,12 +64,13 @@ class MaskedLM(TextTask):
             yield {name: array[0] for name, array in batch.items()}
 
     def all_batches(self) -> Iterator[Batch]:
-        return data.sequential_masked_windows(
+        batches = data.sequential_masked_windows(
             self.text.validation,
             batch_size=self.settings.train.batch_size,
             context=self.settings.data.context,
             **self._masking,
         )
+        return self.text.checked(batches)
 
     def sample(self, graphdef: nnx.GraphDef, params: nn.Params) -> tuple[str, str]:
         """The validation text's beginning with blanks, and filled in."""

@@ -134,7 +134,7 @@ class TextTask(Task):
 
     def example(self) -> Example:
         length = min(EXAMPLE_LENGTH, self.settings.data.context)
-        tokens = self.text.validation[:length].astype(np.int32)
+        tokens = np.asarray(self.text.validation[:length], np.int32)
         return Example(tokens, self.tokenizer.labels(tokens))
 
     def about_data(self) -> list[str]:
@@ -228,7 +228,8 @@ class CausalLM(TextTask):
     def sample(self, graphdef: nnx.GraphDef, params: nn.Params) -> tuple[str, str]:
         """Text that the model writes after the validation text's first words."""
         settings = self.settings
-        prompt = self.text.validation[: settings.data.context // 4 or 1].astype(np.int32)[None]
+        start = self.text.validation[: settings.data.context // 4 or 1]
+        prompt = np.asarray(start, np.int32)[None]
         tokens = inference.generate(
             graphdef,
             params,

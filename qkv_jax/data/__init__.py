@@ -11,6 +11,7 @@ All of it is deterministic and runs on the host: NumPy, no JAX.
 
 from qkv_jax.data.aozora import aozora_text
 from qkv_jax.data.arithmetic import modular_addition, split_pairs
+from qkv_jax.data.array_file import ArrayFile
 from qkv_jax.data.associations import recall
 from qkv_jax.data.batches import (
     check_token_ids,
@@ -75,6 +76,7 @@ __all__ = [
     "TOKENIZERS",
     "TOKENIZER_FILES",
     "TRAINING",
+    "ArrayFile",
     "BpeTokenizer",
     "ByteTokenizer",
     "CharTokenizer",

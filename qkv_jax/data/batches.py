@@ -8,6 +8,7 @@ from operator import index
 
 import numpy as np
 
+from qkv_jax.data.array_file import ArrayFile
 from qkv_jax.data.draws import TRAINING, integers
 
 Batch = dict[str, np.ndarray]
@@ -44,8 +45,8 @@ def pack_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def split(
-    tokens: np.ndarray, validation_fraction: float, *, context: int
-) -> tuple[np.ndarray, np.ndarray]:
+    tokens: np.ndarray | ArrayFile, validation_fraction: float, *, context: int
+) -> tuple[np.ndarray | ArrayFile, np.ndarray | ArrayFile]:
     """Training and validation tokens: the first part and the rest, by position (as in nanoGPT).
 
     Args:
@@ -54,7 +55,7 @@ def split(
         context: tokens of a window; each part must hold one, and its last target.
 
     Returns:
-        `(training, validation)`: views of `tokens`.
+        `(training, validation)`: views of `tokens`, or what a file has of each.
 
     Raises:
         ValueError: a bad fraction, or a part shorter than `context + 1` tokens.
@@ -151,7 +152,7 @@ def stacked_windows(
 
 
 def sequential_windows(
-    tokens: np.ndarray, *, batch_size: int, context: int, stride: int | None = None
+    tokens: np.ndarray | ArrayFile, *, batch_size: int, context: int, stride: int | None = None
 ) -> Iterator[Batch]:
     """Batches that go through a text once: for the loss over all of it.
 
@@ -198,9 +199,9 @@ def _sequential_windows(
         }
 
 
-def checked_tokens(tokens: np.ndarray) -> np.ndarray:
-    """`tokens` as an array. ValueError unless they are integers [length]."""
-    tokens = np.asarray(tokens)
+def checked_tokens(tokens: np.ndarray | ArrayFile) -> np.ndarray | ArrayFile:
+    """`tokens` as an array, or in their file. ValueError unless they are integers [length]."""
+    tokens = tokens if isinstance(tokens, ArrayFile) else np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
             f"tokens are {tokens.dtype}{list(tokens.shape)}; wanted integers of shape [length]"

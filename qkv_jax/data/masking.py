@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qkv_jax.data.batches import Batch, stacked_windows
+from qkv_jax.data.batches import Batch, checked_tokens, stacked_windows
 from qkv_jax.data.draws import EVALUATION, TRAINING, raw_bits, to_unit
 
 MASKED, REPLACED = 0.8, 0.1  # shares of the chosen tokens; the others stay
@@ -137,7 +137,7 @@ def sequential_masked_windows(
     Yields:
         The arrays of `masked_windows`.
     """
-    tokens = np.asarray(tokens)
+    tokens = checked_tokens(tokens)
     for name, size in (("batch_size", batch_size), ("context", context), ("tokens", tokens.size)):
         if size < 1:
             raise ValueError(f"{name}: wanted at least 1, got {size}")

@@ -10,6 +10,7 @@ from operator import index
 
 import numpy as np
 
+from qkv_jax.data.array_file import ArrayFile
 from qkv_jax.data.batches import (
     Batch,
     check_positive,
@@ -23,7 +24,7 @@ EVERY_ROW = slice(None)
 
 
 def shuffled_windows(
-    tokens: np.ndarray,
+    tokens: np.ndarray | ArrayFile,
     *,
     seed: int,
     step: int,
@@ -31,7 +32,7 @@ def shuffled_windows(
     batch_size: int,
     context: int,
     stream: int = TRAINING,
-    documents: np.ndarray | None = None,
+    documents: np.ndarray | ArrayFile | None = None,
     rows: slice = EVERY_ROW,
 ) -> Batch:
     """The batches of `num_steps` steps from `step` on, of windows in a shuffled order.
@@ -42,8 +43,7 @@ def shuffled_windows(
     its own; the `(length - 1) % T` tokens at the end of the text are in none.
 
     Args:
-        tokens: integers `[length]`, `length > context`; of a file that is mapped into memory, only
-            the windows are read.
+        tokens: integers `[length]`, `length > context`; of a file, only the windows are read.
         seed: 0 <= seed < 2**64.
         step: 0 <= step < 2**64, as is the last one.
         num_steps: steps.
@@ -99,7 +99,7 @@ def _order(rows: np.ndarray, first: int, num_windows: int, seed: int, stream: in
     return windows
 
 
-def of_documents(documents: np.ndarray, starts: np.ndarray, context: int) -> Batch:
+def of_documents(documents: np.ndarray | ArrayFile, starts: np.ndarray, context: int) -> Batch:
     """Which document each token of some windows is of, so that attention stays within it.
 
     Args:
@@ -130,7 +130,11 @@ def of_documents(documents: np.ndarray, starts: np.ndarray, context: int) -> Bat
 
 
 def sequential_documents(
-    tokens: np.ndarray, documents: np.ndarray, *, batch_size: int, context: int
+    tokens: np.ndarray | ArrayFile,
+    documents: np.ndarray | ArrayFile,
+    *,
+    batch_size: int,
+    context: int,
 ) -> Iterator[Batch]:
     """The batches of `sequential_windows`, with what `of_documents` says of their tokens.
 

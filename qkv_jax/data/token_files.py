@@ -1,4 +1,4 @@
-"""A folder of tokens on disk, mapped into memory: a text of any size costs a run next to nothing.
+"""A folder of tokens on disk, read where needed: a text of any size costs a run next to nothing.
 
     tokens.npy      uint8, uint16 or int32 [tokens], by the size of the vocabulary
     documents.npy   int64 [documents]: where each begins
@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import mmap
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qkv_jax.data.array_file import ArrayFile
 from qkv_jax.data.batches import Batch, token_dtype
 from qkv_jax.data.files import read_text
 from qkv_jax.data.tokenizers import Tokenizer, read_json
@@ -37,14 +37,14 @@ class TokenFiles:
     Attributes:
         folder: where they are.
         header: what tokens.json says.
-        tokens: uint8, uint16 or int32 [tokens]; only what is looked at is read.
+        tokens: uint8, uint16 or int32 [tokens]; what is looked at is read.
         documents: where each document begins, int64 [documents], rising from 0; likewise.
     """
 
     folder: Path
     header: dict[str, Any]
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: ArrayFile
+    documents: ArrayFile
     _states: dict[str, tuple[int, ...]]  # of the files, as they were opened
 
     name = "token_files"
@@ -68,8 +68,8 @@ class TokenFiles:
         if tokenizer != header["tokenizer_sha256"]:
             raise _damaged(folder, TOKENIZER, "another tokenizer than the tokens were made with")
         dtype = token_dtype(header["vocab_size"])
-        tokens = _mapped(folder, TOKENS, header, dtype)
-        documents = _mapped(folder, DOCUMENTS, header, np.dtype(np.int64))
+        tokens = _opened(folder, TOKENS, header, dtype)
+        documents = _opened(folder, DOCUMENTS, header, np.dtype(np.int64))
         return cls(folder, header, tokens, documents, states)
 
     @property
@@ -93,12 +93,12 @@ class TokenFiles:
         """The tokenizer that the tokens were made with."""
         return Tokenizer.load(self.folder / TOKENIZER)
 
-    def documents_within(self, begin: int, end: int) -> np.ndarray:
+    def documents_within(self, begin: int, end: int) -> np.ndarray | ArrayFile:
         """Where documents begin in `tokens[begin:end]`, int64, the first of them at 0."""
         first, last = np.searchsorted(self.documents, [begin + 1, end])
         if begin == 0:
-            return self.documents[first - 1 : last]  # still mapped
-        return np.maximum(self.documents[first - 1 : last] - begin, 0)
+            return self.documents[first - 1 : last]  # still in the file
+        return np.maximum(np.asarray(self.documents[first - 1 : last]) - begin, 0)
 
     def check_unchanged(self) -> None:
         """Compares the files' sizes and times with those of when they were opened: microseconds.
@@ -111,25 +111,20 @@ class TokenFiles:
                 raise _damaged(self.folder, name, "a file that was changed since it was opened")
 
     def checked(self, batch: Batch) -> Batch:
-        """A batch that was read from here; its pages are given back to the system.
+        """A batch that was read from here, of files that are still as they were opened.
 
-        What stays in the system's cache of files is not the process's own, but counts as if it
-        were as long as it is mapped.
+        To be called with each batch, after it is read: so none is used of which a part is another
+        file's. Only what changes a file's content and neither its size, time nor inode is left to
+        `verify`.
 
         Raises:
-            ValueError: an id is beyond the vocabulary.
+            ValueError: a file was changed, replaced or removed, or an id is beyond the vocabulary.
         """
+        self.check_unchanged()
         most, size = int(batch["targets"].max()), self.header["vocab_size"]
         if most >= size or batch["targets"].min() < 0:
             raise _damaged(self.folder, TOKENS, f"the id {most} for a vocabulary of {size}")
-        self.release()
         return batch
-
-    def release(self) -> None:
-        """Gives the pages back that have been read: they are read again where they are needed."""
-        for array in (self.tokens, self.documents):
-            if hasattr(mmap, "MADV_DONTNEED") and isinstance(mapping := _mapping(array), mmap.mmap):
-                mapping.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> None:
         """Reads all of it, at the speed of the disk, and compares the checksums.
@@ -178,28 +173,21 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _mapped(folder: Path, name: str, header: dict[str, Any], dtype: np.dtype) -> np.ndarray:
-    """The array in a file, mapped; ValueError unless it is what the header says."""
+def _opened(folder: Path, name: str, header: dict[str, Any], dtype: np.dtype) -> ArrayFile:
+    """The array in a file; ValueError unless it is what the header says."""
     path, stem = folder / name, Path(name).stem
     size, length = path.stat().st_size, header[stem]
     if size != header[f"{stem}_bytes"]:
         raise _damaged(folder, name, f"{size} bytes, wanted {header[f'{stem}_bytes']}: truncated?")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = ArrayFile.open(path)
     except ValueError as error:
-        raise _damaged(folder, name, f"a file that NumPy cannot map ({error})") from error
+        raise _damaged(folder, name, f"a file that NumPy cannot read ({error})") from error
     if array.dtype != dtype or array.shape != (length,):
         what = f"{array.dtype}{list(array.shape)}, wanted {dtype}[{length}]"
         raise _damaged(folder, name, what)
     if _sample(path) != header[f"{stem}_sample"]:
         raise _damaged(folder, name, "other content than when it was made")
-    return np.asarray(array)
-
-
-def _mapping(array: np.ndarray) -> Any:
-    """What an array's memory is mapped by."""
-    while isinstance(array, np.ndarray):
-        array = array.base
     return array
 
 

@@ -12,7 +12,10 @@ from qkv_jax.training.distillation import (
 from qkv_jax.training.evaluation import make_eval_step, mean_metrics
 from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.preemption import StopSignal
+from qkv_jax.training.profiling import Profile, profiled_steps
 from qkv_jax.training.progress import Progress
+from qkv_jax.training.save_times import SaveTimes
+from qkv_jax.training.spikes import LossSpikeError, LossSpikes
 from qkv_jax.training.state import TrainState
 from qkv_jax.training.step import (
     Loss,
@@ -30,9 +33,13 @@ __all__ = [
     "Checkpointer",
     "DistillationConfig",
     "Loss",
+    "LossSpikeError",
+    "LossSpikes",
     "OptimizerConfig",
     "Predict",
+    "Profile",
     "Progress",
+    "SaveTimes",
     "StopSignal",
     "Student",
     "TrainState",
@@ -49,6 +56,7 @@ __all__ = [
     "predict_documents",
     "predict_padded_tokens",
     "predict_tokens",
+    "profiled_steps",
     "relation_loss",
     "soft_target_loss",
 ]

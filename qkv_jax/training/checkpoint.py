@@ -70,17 +70,21 @@ class Checkpointer:
     Args:
       directory: where the steps go, one subdirectory each; created if absent.
       keep: newest steps that stay on disk; two or more leave one to fall back to.
+      keep_every: steps whose multiples stay too, whatever comes after them; 0: none.
 
     Raises:
-      ValueError: `keep` is not positive.
+      ValueError: `keep` is not positive, or `keep_every` negative.
       CheckpointError: the directory cannot be created.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(self, directory: str | Path, *, keep: int = 2, keep_every: int = 0):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        if keep_every < 0:
+            raise ValueError(f"keep_every must not be negative, got {keep_every}")
         self.directory = Path(directory).absolute()
         self.keep = keep
+        self.keep_every = keep_every
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future] | None = None
         self._current: int | None = None  # the step last saved or restored
@@ -216,6 +220,8 @@ class Checkpointer:
             _wait_for_parts(parts)
             parts.rename(self.directory / str(step))
         for old in self.steps()[: -self.keep]:
+            if self.keep_every and old % self.keep_every == 0:
+                continue
             doomed = self.directory / f"{old}.deleted"  # a listed step is never half deleted
             (self.directory / str(old)).rename(doomed)
             shutil.rmtree(doomed)

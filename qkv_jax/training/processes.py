@@ -176,13 +176,23 @@ class Ballot:
         self._cast: jax.Array | None = None
 
     def cast(self, *wishes: bool) -> list[bool]:
-        """Says what this process wishes; returns which of the wishes before any process had."""
+        """Says what this process wishes; returns which of the wishes before any process had.
+
+        What is granted now is not wished for again.
+        """
         if count() == 1:
             return list(wishes)
-        before, mine = self._cast, np.asarray([wishes], np.int32)
-        shape = self._by_device.mesh.size, len(wishes)
-        self._cast = self._any(jax.make_array_from_callback(shape, self._by_device, lambda _: mine))
-        return [False] * len(wishes) if before is None else np.asarray(before).astype(bool).tolist()
+        granted = [False] * len(wishes)
+        if self._cast is not None:
+            granted = np.asarray(self._cast).astype(bool).tolist()
+        mine = [wish and not had for wish, had in zip(wishes, granted, strict=True)]
+        mine = np.asarray([mine], np.int32)
+        self._cast = self._any(
+            jax.make_array_from_callback(
+                (self._by_device.mesh.size, len(wishes)), self._by_device, lambda _: mine
+            )
+        )
+        return granted
 
 
 def place(tree: Any, where: Any) -> Any:

@@ -36,14 +36,19 @@ RESUMABLE = frozenset(
         "train.num_steps",
         "train.eval_every",
         "train.save_every",
+        "train.save_minutes",
+        "train.spike_factor",
         "train.log_every",
         "train.keep",
+        "train.keep_every",
         "train.figures",
         "train.sample_tokens",
         "train.steps_per_dispatch",
         "train.wandb",
     }
 )
+# And until it is finished: how to go on after the loss has jumped. Each change is told.
+ADJUSTABLE = frozenset({"optimizer.learning_rate", "optimizer.muon_learning_rate"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,18 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    def heartbeat_of(self, process: int) -> Path:
+        """Where one of several processes says that it is alive; the first: in `heartbeat`."""
+        return self.heartbeat if process == 0 else self.path / f"heartbeat_{process}.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def tensorboard(self) -> Path:
@@ -267,15 +284,20 @@ def _check_same_run(run: RunDirectory, text: str, base: ConfigDict | None) -> No
     except ValueError as error:
         raise ValueError(f"{run.config}: {error}") from error
     now = dict(flat_fields(json.loads(text)))
-    differing = differing_fields(
+    found = differing_fields(
         *({f"config.{k}": v for k, v in x.items() if k not in RESUMABLE} for x in (before, now)),
         "there", "now",
     )  # fmt: skip
+    may_differ = {f"config.{name}" for name in ADJUSTABLE if not run.report.exists()}
+    adjusted = [said for said in found if said.partition(":")[0] in may_differ]
+    differing = [said for said in found if said not in adjusted]
     if differing:
         raise ValueError(
             f"workdir {run.path} holds a run of another config ({'; '.join(differing)});"
             " choose another --workdir"
         )
+    if adjusted:
+        log.warning("resuming with another learning rate: %s", "; ".join(adjusted))
 
 
 def differing_fields(

@@ -18,7 +18,9 @@ from tests.experiments.runs import (
     files_of,
     finish,
     has_logged,
+    heartbeat,
     is_saving,
+    messages,
     numbers,
     saved_steps,
     wait_until,
@@ -41,6 +43,8 @@ def test_a_run_killed_while_saving_and_again_while_training_ends_the_same(
     process = scripts.start_training(tmp_path, patch=SLOWLY)
     wait_until(lambda: has_logged(tmp_path, 12), process)
     kill(process)
+    assert heartbeat(tmp_path)["status"] == "running"  # it had no time to say otherwise
+    assert heartbeat(tmp_path)["pid"] == process.pid
 
     done = scripts.train(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -94,6 +98,8 @@ def test_a_signal_stops_a_run_after_its_step_saved_and_resumable(
     stopped = f"stopped by {number.name} after step {step}, saved; the same command goes on"
     assert stopped in done.stdout and "Traceback" not in done.stderr
     assert not (tmp_path / "report.md").exists()
+    assert heartbeat(tmp_path)["status"] == f"stopped by {number.name}"
+    assert heartbeat(tmp_path)["step"] == step
 
     done = scripts.train(tmp_path)
     assert done.returncode == 0 and f"resuming from step {step}" in done.stdout, done.stderr
@@ -148,6 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(scripts, tmp_path):
     done = scripts.train(tmp_path, *DIVERGING)
     assert_one_sentence(done, "step 3: the loss is nan", "learning rate")
     assert saved_steps(tmp_path) == []
+    assert heartbeat(tmp_path)["status"].startswith("failed: FloatingPointError step 3: the loss")
     assert all(np.isfinite(list(row.values())).all() for row in numbers(tmp_path))
 
 
@@ -157,6 +164,39 @@ def test_parameters_that_are_not_finite_never_reach_a_checkpoint(scripts, tmp_pa
     step, leaves = load_checkpoint(tmp_path / "checkpoints")
     assert step == 1
     assert all(np.isfinite(leaf).all() for leaf in leaves.values())
+
+
+def test_a_loss_that_jumps_stops_the_run_which_goes_on_from_before_it(scripts, tmp_path):
+    fields = (
+        "train.spike_factor=2.0", "train.log_every=1", "train.save_every=55",
+        "train.eval_every=100", "train.figures=False", "optimizer.schedule=constant",
+    )  # fmt: skip
+    done = scripts.train(tmp_path, *fields, "train.num_steps=110")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "report.md").unlink()  # a finished run keeps its learning rate
+    done = scripts.train(
+        tmp_path,
+        *fields,
+        "train.num_steps=120",
+        "optimizer.learning_rate=9.0",
+        "train.save_every=1",
+    )
+    # The loss of step 111 is of the parameters before it, and that of 112 of those after it.
+    warning, sentence = messages(done)
+    assert "config.optimizer.learning_rate 0.003 -> 9.0" in warning
+    words = (
+        "error: step 116: the loss is ", "since step 112 more than 2 times the recent median",
+        "checkpoint from before is 110: remove 111 to go on from there",
+    )  # fmt: skip
+    assert done.returncode == 2 and all(word in sentence for word in words), sentence
+    assert saved_steps(tmp_path) == [110, 111]
+    assert heartbeat(tmp_path)["status"].startswith("failed: LossSpikeError step 116: the loss")
+
+    shutil.rmtree(tmp_path / "checkpoints" / "111")
+    done = scripts.train(tmp_path, *fields, "train.num_steps=120")
+    assert done.returncode == 0 and "resuming from step 110" in done.stdout, done.stderr
+    assert max(row.get("loss", 0) for row in numbers(tmp_path) if row["step"] > 110) < 3
+    assert saved_steps(tmp_path) == [110, 120]
 
 
 def flip_a_bit(step):

@@ -168,6 +168,10 @@ def is_saving(workdir: Path, step: int) -> bool:
     return any(int(path.name.partition(".")[0]) >= step for path in begun)
 
 
+def heartbeat(workdir: Path) -> dict:
+    return json.loads((workdir / "heartbeat.json").read_text())
+
+
 def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
 

@@ -85,6 +85,9 @@ WRONG_FIELDS = [
     ({"train.eval_batches": 0}, ["config.train.eval_batches", "got 0"]),
     ({"train.save_every": -1}, ["config.train.save_every", "got -1"]),
     ({"train.keep": 0}, ["config.train.keep", "got 0"]),
+    ({"train.keep_every": -1}, ["config.train.keep_every", "got -1"]),
+    ({"train.save_minutes": -0.5}, ["config.train.save_minutes", "got -0.5"]),
+    ({"train.spike_factor": 1.0}, ["config.train.spike_factor", "> 1, or 0", "got 1.0"]),
     ({"train.steps_per_dispatch": 0}, ["config.train.steps_per_dispatch", "got 0"]),
     ({"train.cpu_devices": 0}, ["config.train.cpu_devices", "got 0"]),
     ({"train.sample_tokens": 0}, ["config.train.sample_tokens", "got 0"]),
@@ -193,6 +196,7 @@ COMMAND_LINES = [
     (["--config.train.batch_size=1.5"], ["config.train.batch_size", "1.5"]),
     (["--config=nowhere.py"], ["nowhere.py", "No such file"]),
     (["train"], ["unexpected argument 'train'"]),
+    (["--profile=1400:1600"], ["profile", "<= 1500", "'1400:1600'"]),
 ]
 
 

@@ -13,6 +13,7 @@ from tests.experiments.runs import (
     assert_one_sentence,
     assert_same_run,
     files_of,
+    heartbeat,
     messages,
     numbers,
     saved_steps,
@@ -127,6 +128,30 @@ def test_dispatch_and_save_intervals_do_not_change_a_bit(finished, scripts, tmp_
     assert done.returncode == 0, done.stderr
     assert saved_steps(tmp_path / "run") == [20]  # 0: only at the end
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_saves_by_the_clock_and_a_profile_do_not_change_a_bit(finished, scripts, tmp_path):
+    fields = (
+        "train.save_every=0", "train.save_minutes=1e-9", "train.keep=2", "train.keep_every=7",
+        "train.figures=False",
+    )  # fmt: skip
+    done = scripts.run("train", *scripts.training(tmp_path, *fields), "--profile=10:13")
+    assert done.returncode == 0, done.stderr
+    assert f"profile of steps 10:13: {tmp_path / 'profile'}\n" in done.stdout
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    assert saved_steps(tmp_path) == [7, 14, 17, 20]  # 17 is the last dispatch but one
+    assert_same_run(tmp_path, finished)
+
+    done = scripts.train(tmp_path, *fields, "train.num_steps=26")
+    assert done.returncode == 0 and "resuming from step 20" in done.stdout, done.stderr
+    assert saved_steps(tmp_path) == [7, 14, 21, 24, 26]
+
+
+def test_the_heartbeat_of_a_finished_run_says_so(finished):
+    found = heartbeat(finished)
+    assert (found["status"], found["step"], found["process"]) == ("finished", 20, 0)
+    last = numbers(finished)[-1]
+    assert found["validation"] == last["validation_loss"] and found["loss"] > 0
 
 
 def assert_close_metrics(actual, expected, tolerance):

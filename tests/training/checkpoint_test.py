@@ -132,6 +132,14 @@ def test_only_the_newest_steps_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "5"]
 
 
+def test_multiples_of_keep_every_stay_whatever_comes_after_them(tmp_path):
+    for steps in ((2, 5, 7, 10), (12, 13, 16)):  # a run, and the same resumed
+        with Checkpointer(tmp_path, keep=1, keep_every=5) as checkpointer:
+            for step in steps:
+                checkpointer.save(step, make_state(step))
+    assert checkpointer.steps() == [5, 10, 16]
+
+
 def test_a_step_can_be_asked_for_and_must_exist(two_steps):
     with Checkpointer(two_steps) as checkpointer:
         assert_same_bits(checkpointer.restore(make_state(0), step=11), (11, make_state(11)))
@@ -188,6 +196,8 @@ def test_what_is_not_an_array_of_numbers_is_refused_by_name(tmp_path, leaf):
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpointer(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="keep_every must not be negative, got -1"):
+        Checkpointer(tmp_path, keep_every=-1)
     with Checkpointer(tmp_path) as checkpointer:
         with pytest.raises(ValueError, match="step must not be negative, got -1"):
             checkpointer.save(-1, make_state(0))

@@ -14,6 +14,7 @@ from ml_collections.config_dict import placeholder
 from configs import char_lm
 from qkv_jax.training import run_directory
 from qkv_jax.training.run_directory import (
+    ADJUSTABLE,
     RESUMABLE,
     RunDirectory,
     config_from_json,
@@ -56,7 +57,7 @@ def test_a_run_is_resumed_with_other_lengths_and_intervals_and_keeps_the_new_one
 
 def test_every_field_that_may_change_on_resume_is_in_the_base_config():
     fields = dict(run_directory.flat_fields(char_lm.get_config().to_dict()))
-    assert fields.keys() >= RESUMABLE
+    assert fields.keys() >= RESUMABLE | ADJUSTABLE
 
 
 def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
@@ -70,6 +71,19 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
     assert "config.model.width: 128 there, 37 now; config.seed: 0 there, 5 now" in message
     assert "choose another --workdir" in message and "train.keep" not in message
     assert RunDirectory(tmp_path).config.read_text() == before
+
+
+def test_an_unfinished_run_may_go_on_with_another_learning_rate_which_is_told(tmp_path, caplog):
+    open_run(tmp_path, make_config())
+    assert not caplog.records
+    run = open_run(tmp_path, make_config(**{"optimizer.learning_rate": 0.5, "train.keep": 3}))
+    (record,) = caplog.records
+    assert "config.optimizer.learning_rate 0.02 -> 0.5" in record.message
+    assert read_config(run, char_lm.get_config()).optimizer.learning_rate == 0.5
+
+    run.report.write_text("")  # it is finished: its results are those of this rate
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.5 there, 0.1 now"):
+        open_run(tmp_path, make_config(**{"optimizer.learning_rate": 0.1}))
 
 
 def test_a_field_that_one_config_lacks_is_a_difference(tmp_path):
