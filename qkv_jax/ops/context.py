@@ -190,7 +190,7 @@ def ulysses_attention(
         kv_pos=positions(args.kv_pos, "kv_positions", 3),
         first=First(batch=args.first.batch, head=args.first.head + first_head),
     )
-    out, _ = choose(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation, stats=False)(args, entropy=False)
     return jax.lax.all_to_all(out, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -226,7 +226,7 @@ def all_gather_attention(
         kv_pos=ring.gathered(args.kv_pos, 3),
         first=args.first._replace(key=0),
     )
-    out, _ = choose(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation, stats=False)(args, entropy=False)
     return out
 
 
