@@ -204,7 +204,7 @@ def of_one_device(
         )
     chosen = IMPLEMENTATIONS[implementation]
     if isinstance(chosen, Kernel):
-        chosen.check(platform, stats)
+        chosen.check_place(platform, stats)
     return chosen
 
 

@@ -11,6 +11,7 @@ way to it, gives something else than was asked for:
     multiples of a block        may be NaN (NVIDIA/cudnn-frontend#160, #1072)
     biases and dense masks      are refused at such lengths: their gradients may be NaN too
                                 (pytorch/pytorch#196678)
+    odd lengths                 are refused: JAX differentiates none
 
 Logits and softmax are float32 there; weights are rounded to the dtype of the values before they are
 summed. cuDNN may add a gradient's parts in any order: two runs can differ in the last bits, unless
@@ -94,13 +95,17 @@ def _reasons(args: Arguments) -> Iterator[str]:
         yield (
             "mask" if not args.score else "score"
         ) + f": beside an array of all pairs cuDNN takes multiples of {BLOCK}, got {T} x {S}"
+    for name, length in (("q", T), ("k", S)):
+        if length % 2:
+            yield f"{name}: cuDNN takes an even number of tokens, got {length}"
 
 
 def _device_reasons(H: int) -> Iterator[str]:
     """About the head width, and about the GPU if there is one here."""
     capability = _capability()
     if capability is not None and capability < (8, 0):
-        yield f"implementation: cuDNN's attention needs compute capability 8.0, got {capability}"
+        found = ".".join(map(str, capability))
+        yield f"implementation: cuDNN's attention needs compute capability 8.0, got {found}"
     widest = 256 if capability is not None and capability >= (9, 0) else 128
     if H % 8 or widest < H:
         yield (

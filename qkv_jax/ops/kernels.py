@@ -39,14 +39,9 @@ class Kernel:
     attend: Callable[[Arguments], jax.Array]
 
     def __call__(self, args: Arguments, *, entropy: bool = True) -> tuple[jax.Array, None]:
-        """The output, without statistics.
-
-        Raises:
-          NotImplementedError: for a call that the kernel cannot honour.
-        """
+        """The output, without statistics; errors are those of `check_call`."""
         del entropy
-        if reason := self.refusal(args):
-            raise NotImplementedError(f'{reason} (implementation="{self.name}")')
+        self.check_call(args)
         arrays, rebuilt = _parts(args)
         out = fused(
             lambda *arrays: self.attend(rebuilt(arrays)),
@@ -55,12 +50,13 @@ class Kernel:
         )
         return out, None
 
-    def check(self, platform: str, stats: bool) -> None:
-        """Checks what was asked for by name.
+    def check_call(self, args: Arguments) -> None:
+        """Raises a NotImplementedError where the kernel cannot honour a call: which argument."""
+        if reason := self.refusal(args):
+            raise NotImplementedError(f'{reason} (implementation="{self.name}")')
 
-        Raises:
-          NotImplementedError: on another platform, or where the statistics are wanted.
-        """
+    def check_place(self, platform: str, stats: bool) -> None:
+        """Raises a NotImplementedError on another platform, or where statistics are wanted."""
         if platform != self.platform:
             raise NotImplementedError(
                 f'implementation: "{self.name}" runs on {PLATFORMS[self.platform]}, '

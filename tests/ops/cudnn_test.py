@@ -6,6 +6,7 @@ given the very same arguments. On an NVIDIA GPU the cases run through cuDNN itse
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from qkv_jax import ops
 from qkv_jax.ops import arguments, cudnn, kernels, masks, scores
+from qkv_jax.ops.attention import KERNELS
 from tests.ops.attention_cases import CASES, IDS, LENGTHS
 from tests.tolerances import assert_close
 
@@ -39,12 +41,16 @@ def call(T, S=None, *, sinks=False, dtype=jnp.bfloat16, H=H, h=None, K=K, **othe
     return inputs, others
 
 
-def of_harness(name):
-    """A case of the harness, in bfloat16 and of a width that cuDNN has."""
+def of_harness(name, more=0):
+    """A case of the harness, in bfloat16, of a width that cuDNN has; of some tokens more."""
     case = CASES[name]
     T, S, K = case.inputs["q"].shape[1], *case.inputs["k"].shape[1:3]
-    score = {"score": case.inputs["score"]} if "score" in case.inputs else {}
-    return call(T, S, K=K, sinks="sinks" in case.inputs, **score, **case.others)
+    others = dict(case.others)
+    if more and T != S:  # the queries are the last tokens
+        others["q_positions"] = np.arange(S - T, S + more)
+    if "score" in case.inputs:
+        others["score"] = case.inputs["score"]
+    return call(T + more, S + more, K=K, sinks="sinks" in case.inputs, **others)
 
 
 def normal(*shape):
@@ -54,15 +60,15 @@ def normal(*shape):
 RANDOM = np.random.default_rng(2).random((B, N, 128, 128)) < 0.1
 RANDOM[:, :, 5] = False
 MORE = {
-    "window": call(7, mask=masks.Causal() & masks.SlidingWindow(2, 1)),
-    "window_backwards": call(7, mask=masks.SlidingWindow(2)),
-    "two_windows": call(7, mask=masks.SlidingWindow(5) & masks.SlidingWindow(3, 4)),
-    "all_the_past": call(7, mask=masks.SlidingWindow(None)),
-    "itself": call(7, mask=masks.SlidingWindow(0)),
-    "causal_and_lengths": call(7, mask=masks.Causal() & masks.Lengths(jnp.asarray(LENGTHS))),
-    "empty_row_of_the_batch": call(7, mask=masks.Causal() & masks.Lengths(np.array([0, 4]))),
-    "two_lengths": call(5, 7, mask=masks.Lengths(LENGTHS) & masks.Lengths(4)),
-    "lengths_beyond": call(5, 7, mask=masks.Lengths(np.array([9, -2]))),
+    "window": call(8, mask=masks.Causal() & masks.SlidingWindow(2, 1)),
+    "window_backwards": call(8, mask=masks.SlidingWindow(2)),
+    "two_windows": call(8, mask=masks.SlidingWindow(5) & masks.SlidingWindow(3, 4)),
+    "all_the_past": call(8, mask=masks.SlidingWindow(None)),
+    "itself": call(8, mask=masks.SlidingWindow(0)),
+    "causal_and_lengths": call(8, mask=masks.Causal() & masks.Lengths(jnp.asarray(LENGTHS))),
+    "empty_row_of_the_batch": call(8, mask=masks.Causal() & masks.Lengths(np.array([0, 4]))),
+    "two_lengths": call(6, 8, mask=masks.Lengths(LENGTHS) & masks.Lengths(4)),
+    "lengths_beyond": call(6, 8, mask=masks.Lengths(np.array([9, -2]))),
     "whole_blocks": call(128),
     "bias": call(128, score=scores.Bias(normal(N, 128, 128))),
     "bias_of_keys": call(128, score=scores.Bias(normal(B, 1, 1, 128)), mask=masks.Causal()),
@@ -90,10 +96,10 @@ REFUSED = {
     "sinks": "sinks", "dropout": "dropout_rate", "empty_rows": "mask",
     "empty_rows_and_sinks": "sinks", "everything_forbidden": "mask", "everything_at_once": "sinks",
 }  # fmt: skip
-CALLS = {name: of_harness(name) for name in sorted(HONOURED)} | {
+CALLS = {name: of_harness(name, more=1) for name in sorted(HONOURED)} | {
     f"more_{n}": c for n, c in MORE.items()
 }
-FLOAT16 = {"causal_in_float16": call(7, dtype=jnp.float16, mask=masks.Causal())}  # not by XLA's CPU
+FLOAT16 = {"causal_in_float16": call(8, dtype=jnp.float16, mask=masks.Causal())}  # not by XLA's CPU
 
 
 def checked(inputs, others):
@@ -102,7 +108,7 @@ def checked(inputs, others):
     return arguments.check(**settings | inputs | others)
 
 
-def values_and_gradients(implementation, inputs, others):
+def both_passes(implementation, others):
     def attend(inputs):
         return ops.attention(**inputs, **others, implementation=implementation)
 
@@ -111,13 +117,13 @@ def values_and_gradients(implementation, inputs, others):
         cotangent = np.random.default_rng(3).normal(size=out.shape)
         return out, *pullback(jnp.asarray(cotangent, jnp.bfloat16).astype(out.dtype))
 
-    return jax.jit(both)(inputs)
+    return jax.jit(both)
 
 
 def check_values_and_gradients(implementation, inputs, others):
-    found = values_and_gradients(implementation, inputs, others)
+    found = both_passes(implementation, others)(inputs)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-    expected = values_and_gradients("reference", wide, others)
+    expected = both_passes("reference", others)(wide)
     for x, wanted, given in zip(
         *map(jax.tree.leaves, (found, expected, (inputs["v"], inputs))), strict=True
     ):
@@ -179,6 +185,8 @@ OTHERWISE = {
     "keys elsewhere": (
         call(7, mask=masks.Lengths(3), kv_positions=np.arange(1, 8)), "kv_positions: "
     ),
+    "odd queries": (call(7, 8), "q: .* even number of tokens, got 7"),
+    "odd keys": (call(8, 7), "k: .* even number of tokens, got 7"),
     "documents": (call(7, mask=masks.Causal() & masks.Segments(IDS)), "mask: "),
 }  # fmt: skip
 
@@ -193,12 +201,12 @@ def test_a_call_that_cudnn_would_get_wrong_is_refused(name):
 @pytest.mark.parametrize(
     ("T", "S", "mask", "expected"),
     [
-        (7, 7, None, {"is_causal": False, "key_value_seq_lengths": [7, 7]}),
+        (6, 8, None, {"is_causal": False, "key_value_seq_lengths": [8, 8]}),
         (128, 256, None, {"is_causal": False}),
-        (7, 7, masks.Causal(), {"is_causal": True}),
-        (7, 7, masks.SlidingWindow(2), {"is_causal": True, "local_window_size": (2, 0)}),
-        (5, 7, masks.Lengths(LENGTHS), {"is_causal": False, "key_value_seq_lengths": [3, 5]}),
-        (7, 7, masks.Causal() & masks.Lengths(0),
+        (8, 8, masks.Causal(), {"is_causal": True}),
+        (8, 8, masks.SlidingWindow(2), {"is_causal": True, "local_window_size": (2, 0)}),
+        (6, 8, masks.Lengths(LENGTHS), {"is_causal": False, "key_value_seq_lengths": [3, 5]}),
+        (8, 8, masks.Causal() & masks.Lengths(0),
          {"is_causal": True, "key_value_seq_lengths": [1, 1]}),
     ],
     ids=["full", "whole blocks", "causal", "window", "lengths", "nothing"],
@@ -208,6 +216,36 @@ def test_the_arguments_of_jax_nn(T, S, mask, expected):
     given = {key: np.asarray(x).tolist() if hasattr(x, "shape") else x for key, x in given.items()}
     assert given == expected
     assert (empty is None) == ("Lengths" not in repr(mask))
+
+
+SETTINGS = {
+    "full": ("PADDING", 0),
+    "more_whole_blocks": ("NO_MASK", 0),
+    "more_window_backwards": ("CAUSAL", 3),
+    "more_causal_and_lengths": ("PADDING_CAUSAL", 0),
+    "more_dense": ("NO_MASK", 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS | FLOAT16)
+def test_a_program_for_a_gpu_holds_two_kernels_and_one_for_a_cpu_none(name, monkeypatch):
+    """Forward and backward; made here, run nowhere: JAX need only believe that it has a cuDNN."""
+    module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    if not hasattr(module, "check_cudnn_version"):
+        pytest.skip("this JAX asks for cuDNN's version elsewhere")
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setitem(KERNELS, kernels.platform(), cudnn.CUDNN)
+    inputs, others = (CALLS | FLOAT16)[name]
+    traced = both_passes(None, others).trace(inputs)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"__cudnn\$fmha(?:ScaleBias)?Softmax\w*", program)
+    assert len(calls) == 2 and calls[1] == calls[0] + "Backward"
+    if name in SETTINGS:
+        mask_type, window = SETTINGS[name]
+        settings = program.replace("\\22", '"')
+        assert settings.count(f'"mask_type": "{mask_type}"') == 2
+        assert settings.count(f'"sliding_window_length": {window}') == 2
+        assert "__cudnn" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_empty_rows_are_nothing_with_no_gradient():

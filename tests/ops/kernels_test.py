@@ -86,7 +86,7 @@ def test_statistics_take_another_implementation(preferred):
     with pytest.raises(NotImplementedError, match='implementation: "cudnn" runs on NVIDIA'):
         ops.attention(*arrays(), implementation="cudnn")
     with pytest.raises(NotImplementedError, match='implementation: "cudnn" leaves no statistics'):
-        cudnn.CUDNN.check("gpu", stats=True)
+        cudnn.CUDNN.check_place("gpu", stats=True)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "context": 4}], ids=str)
