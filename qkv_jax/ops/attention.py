@@ -67,8 +67,10 @@ def attention(
         compare positions need them.
       kv_positions: integers [S] or [B, S]; by default 0 ... S-1.
       implementation: "reference" (all T x S weights at once), "blockwise" (memory linear in T and
-        S; `ops.Blockwise` sets its block sizes), or None for the one measured to be faster at this
-        size. `ops.explain` says which, and why. The answers are the same.
+        S; `ops.Blockwise` sets its block sizes), "cudnn" (cuDNN's, on NVIDIA's GPUs), "splash"
+        (JAX's, on TPUs), or None: the kernel of the platform if it honours every argument, else the
+        other two's one measured to be faster at this size. `ops.explain` says which, and why. The
+        answers are the same; those kernels leave no statistics.
 
     Returns:
       [B, T, N, h], in the dtype of `v`.

@@ -91,7 +91,7 @@ def ring_attention(
       batch_axis, head_axis: those along which batch rows and heads are cut, if they are: indices
         (of dropout, and of the heads that masks and scores ask for) count from the first of all.
       implementation: a `Blockwise`, for block sizes of one's own. By default a block is no larger
-        than half a shard. "reference" cannot be honoured.
+        than half a shard. No other can be honoured.
       **kwargs: positions are those of the shard; without them, those of contiguous shards. Sinks
         are those of the heads here.
 
@@ -100,7 +100,7 @@ def ring_attention(
 
     Raises:
       ValueError: also where `axis_name` is no axis that `jax.shard_map` cuts along.
-      NotImplementedError: for `implementation="reference"`.
+      NotImplementedError: for another `implementation`, such as "reference".
     """
     args, ring = _checked(q, k, v, axis_name, batch_axis, head_axis, **kwargs)
     out, _ = _blockwise(implementation)(args, entropy=False, ring=ring)
