@@ -92,9 +92,8 @@ def _reasons(args: Arguments) -> Iterator[str]:
     yield from _score_reasons(args)
     yield from _mask_reasons(args)
     if (args.score or _is_dense(args.mask)) and (T % BLOCK or S % BLOCK):
-        yield (
-            "mask" if not args.score else "score"
-        ) + f": beside an array of all pairs cuDNN takes multiples of {BLOCK}, got {T} x {S}"
+        name = "score" if args.score else "mask"
+        yield f"{name}: for an array of pairs cuDNN takes multiples of {BLOCK}, got {T} x {S}"
     for name, length in (("q", T), ("k", S)):
         if length % 2:
             yield f"{name}: cuDNN takes an even number of tokens, got {length}"
@@ -106,23 +105,21 @@ def _device_reasons(H: int) -> Iterator[str]:
     if capability is not None and capability < (8, 0):
         found = ".".join(map(str, capability))
         yield f"implementation: cuDNN's attention needs compute capability 8.0, got {found}"
-    widest = 256 if capability is not None and capability >= (9, 0) else 128
+    hopper = capability is not None and capability[0] == 9
+    widest = 256 if hopper else 128
     if H % 8 or widest < H:
         yield (
             f"q: cuDNN takes heads in multiples of 8, at most {widest} wide "
-            f"(256 from compute capability 9.0 on), got {H}"
+            f"(256 on Hopper), got {H}"
         )
 
 
 def _score_reasons(args: Arguments) -> Iterator[str]:
-    for score in args.score[:2]:
-        if not isinstance(score, Bias) or len(args.score) > 1:
-            yield "score: cuDNN takes one Bias and no other score"
-        elif score.array.dtype != args.q.dtype:
-            yield (
-                f"score: cuDNN takes a Bias of {args.q.dtype}, as q is, and would round "
-                f"{score.array.dtype}"
-            )
+    if len(args.score) > 1 or not all(isinstance(score, Bias) for score in args.score):
+        yield "score: cuDNN takes one Bias and no other score"
+    elif args.score and args.score[0].array.dtype != args.q.dtype:
+        found = args.score[0].array.dtype
+        yield f"score: cuDNN takes a Bias of {args.q.dtype}, as q is, and would round {found}"
 
 
 def _mask_reasons(args: Arguments) -> Iterator[str]:
@@ -136,6 +133,8 @@ def _mask_reasons(args: Arguments) -> Iterator[str]:
         return
     if terms.dense and args.q.dtype == jnp.float16:
         yield "mask: in float16 cuDNN forbids by adding -32768, which is not enough"
+    if terms.left is not None and args.score and not terms.dense:
+        yield "score: cuDNN takes no Bias beside a window"
     if terms.left is not None and terms.lengths and not terms.dense:
         yield "mask: beside a window, Lengths leaves queries without keys that cuDNN cannot name"
     if terms.causal and not (T == S and in_order(args.q_pos)):
@@ -168,8 +167,6 @@ def translated(args: Arguments) -> tuple[dict[str, object], jax.Array | None]:
     (B, T, _, _), S = args.q.shape, args.k.shape[1]
     terms = terms_of(args.mask)
     given, empty = {"is_causal": terms.causal}, None
-    if terms.left is not None:
-        given["local_window_size"] = (terms.left, 0)
     for score in args.score:
         given["bias"] = _over_pairs(score.array, T, S)
     lengths = S if not terms.causal and (T % BLOCK or S % BLOCK) else None
@@ -177,6 +174,8 @@ def translated(args: Arguments) -> tuple[dict[str, object], jax.Array | None]:
         allowed = args.mask.mask(*map(jnp.asarray, (args.q_pos, args.kv_pos, args.head)))
         given["mask"] = _over_pairs(allowed, T, S)
         empty = jnp.swapaxes(~given["mask"].any(-1, keepdims=True), 1, 2)
+    elif terms.left is not None:
+        given["local_window_size"] = (terms.left, 0)
     elif terms.lengths:
         shortest = jnp.asarray(S)
         for some in terms.lengths:

@@ -163,7 +163,7 @@ OTHERWISE = {
     "float32": (call(7, dtype=jnp.float32), "q, k, v: .* got float32"),
     "wide values": (call(7, h=24), "v: .* got h = 24 beside H = 16"),
     "narrow heads": (call(7, H=12), "q: .* got 12"),
-    "wide heads": (call(7, H=192), r"q: .*128 wide \(256 from compute capability 9.0 on\).* 192"),
+    "wide heads": (call(7, H=192), r"q: .*128 wide \(256 on Hopper\).* 192"),
     "a traced scale": (call(7, scale=jnp.float32(2)), "scale: "),
     "no keys": (call(0), "q, k, v: .* no empty axis"),
     "a bias that it would round": (
@@ -187,6 +187,10 @@ OTHERWISE = {
     ),
     "odd queries": (call(7, 8), "q: .* even number of tokens, got 7"),
     "odd keys": (call(8, 7), "k: .* even number of tokens, got 7"),
+    "a bias and a window": (
+        call(128, score=scores.Bias(normal(128, 128)), mask=masks.SlidingWindow(2)),
+        "score: .*window",
+    ),
     "documents": (call(7, mask=masks.Causal() & masks.Segments(IDS)), "mask: "),
 }  # fmt: skip
 
@@ -196,6 +200,23 @@ def test_a_call_that_cudnn_would_get_wrong_is_refused(name):
     (inputs, others), message = OTHERWISE[name]
     with pytest.raises(NotImplementedError, match=message):
         SIMULATED(checked(inputs, others))
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "message"),
+    [
+        ((7, 5), 64, "implementation: .* 8.0, got 7.5"),
+        ((8, 0), 136, "q: .* at most 128 wide"),
+        ((8, 9), 128, None),
+        ((9, 0), 256, None),
+        ((9, 0), 264, "q: .* at most 256 wide"),
+        ((10, 0), 256, "q: .* at most 128 wide"),
+    ],
+)
+def test_what_is_honoured_depends_on_the_gpu(capability, width, message, monkeypatch):
+    monkeypatch.setattr(cudnn, "_capability", lambda: capability)
+    found = cudnn.refusal(checked(*call(8, H=width)))
+    assert found is None if message is None else re.match(message, found)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +248,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS | FLOAT16)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in SETTINGS else pytest.param(n, marks=pytest.mark.slow) for n in CALLS | FLOAT16],
+)
 def test_a_program_for_a_gpu_holds_two_kernels_and_one_for_a_cpu_none(name, monkeypatch):
     """Forward and backward; made here, run nowhere: JAX need only believe that it has a cuDNN."""
     module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")

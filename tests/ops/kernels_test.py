@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from qkv_jax import ops
+from qkv_jax.models import Decoder, DecoderConfig
 from qkv_jax.ops import cudnn, kernels, masks, scores
 from qkv_jax.ops.attention import KERNELS
 from qkv_jax.ops.fused import fused
@@ -125,6 +127,17 @@ def test_a_bias_that_all_devices_share_has_the_gradient_of_all(preferred):
     assert_close(found, expected, scale=3)
 
 
+def test_a_decoder_in_bfloat16_trains_on_it(preferred):
+    config = DecoderConfig(
+        vocab_size=7, context=T, num_layers=1, width=16, num_heads=2, num_kv_heads=2, head_dim=8,
+        mlp_width=16, position="rotary", dropout_rate=0.0, dtype="bfloat16",
+    )  # fmt: skip
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    tokens = jnp.zeros((B, T), jnp.int32)
+    jax.eval_shape(jax.grad(lambda p: nnx.merge(graphdef, p)(tokens).sum()), params)
+    assert set(preferred) == {(B, T, 2, 8)}
+
+
 @pytest.mark.parametrize(("T", "name"), [(16, "reference"), (512, "blockwise")])
 def test_on_a_cpu_nothing_has_changed(T, name):
     def program(implementation):
@@ -204,7 +217,7 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives_of_every_kind_are_those_of_the_exact_function(counted, name, compiled):
     f, _ = counted
