@@ -141,7 +141,7 @@ def ulysses_attention(
     head is sent to every device that has queries for it. What masks and scores carry is sent too:
     an operand with the axes T and S becomes whole on every device, but for its heads.
 
-    The arguments and errors are those of `ring_attention`; `implementation` may be "reference".
+    The arguments and errors are those of `ring_attention`; `implementation` may be any.
 
     Raises:
       ValueError: also where the devices do not divide the query heads here.
@@ -209,7 +209,7 @@ def all_gather_attention(
 
     The simplest form, arxiv.org/abs/2407.21783: one collective before and, for the gradients of
     the keys, one after. It takes memory for all keys and values, which are few where K is far below
-    N. The arguments and errors are those of `ring_attention`; `implementation` may be "reference".
+    N. The arguments and errors are those of `ring_attention`; `implementation` may be any.
     """
     args, ring = _checked(q, k, v, axis_name, batch_axis, head_axis, **kwargs)
     S = args.k.shape[1]

@@ -143,7 +143,8 @@ def translated(args: Arguments) -> tuple[tuple[Any, ...], Any, Array | None]:
       attend to nothing, broadcastable to [B, T, N, h], or None where each has a key. In the masks
       and ids, each has one.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # costs half a second
+    # Where it is asked for alone: it is experimental.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N, S = *args.q.shape[1:3], args.k.shape[1]
     terms = terms_of(args)
