@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 COLORS = {
     "ours": style.BLUE, "jax.nn": style.MUTED, "SDPA": style.ORANGE, "cuDNN": style.GREEN,
-    "window": style.GREEN, "causal": style.BLUE,
+    "ours, chosen": style.LIGHT_BLUE, "window": style.GREEN, "causal": style.BLUE,
     "blockwise": style.BLUE, "reference": style.ORANGE,
 }  # fmt: skip
 PASSES = ("forward", "both passes")

@@ -7,19 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops import arguments
+from qkv_jax.ops import arguments, kernels
 from qkv_jax.ops.arguments import Arguments
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.cudnn import CUDNN
+from qkv_jax.ops.kernels import Kernel, Preferred
 from qkv_jax.ops.masks import Mask
 from qkv_jax.ops.mesh import on_devices
 from qkv_jax.ops.reference import reference, reference_weights
 from qkv_jax.ops.scores import Score
+from qkv_jax.ops.splash import SPLASH
 from qkv_jax.ops.stats import Stats
 
 Array = jax.Array | np.ndarray
-Implementation = Callable[..., tuple[jax.Array, Stats]]
+Implementation = Callable[..., tuple[jax.Array, Stats | None]]
 
-IMPLEMENTATIONS = {"reference": reference, "blockwise": Blockwise()}
+KERNELS = {kernel.platform: kernel for kernel in (CUDNN, SPLASH)}
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "blockwise": Blockwise()}
+IMPLEMENTATIONS |= {kernel.name: kernel for kernel in KERNELS.values()}
 
 
 def attention(
@@ -62,8 +67,10 @@ def attention(
         compare positions need them.
       kv_positions: integers [S] or [B, S]; by default 0 ... S-1.
       implementation: "reference" (all T x S weights at once), "blockwise" (memory linear in T and
-        S; `ops.Blockwise` sets its block sizes), or None for the one measured to be faster at this
-        size. `ops.explain` says which, and why. The answers are the same.
+        S; `ops.Blockwise` sets its block sizes), "cudnn" (cuDNN's, on NVIDIA's GPUs), "splash"
+        (JAX's, on TPUs), or None: the kernel of the platform if it honours every argument, else the
+        other two's one measured to be faster at this size. `ops.explain` says which, and why. The
+        answers are the same; those kernels leave no statistics.
 
     Returns:
       [B, T, N, h], in the dtype of `v`.
@@ -76,7 +83,7 @@ def attention(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
     )  # fmt: skip
-    out, _ = choose(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation, stats=False)(args, entropy=False)
     return out
 
 
@@ -159,30 +166,54 @@ def weighted_sum(args: Arguments, log_weight: Score) -> jax.Array:
     return (out * sums).astype(dtype)
 
 
-def choose(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
-    """The implementation that was asked for, or the one that pays; on all devices of a mesh."""
-    return on_devices(of_one_device(args, implementation))
+def choose(
+    args: Arguments, implementation: str | Blockwise | None, *, stats: bool = True
+) -> Implementation:
+    """The implementation that was asked for, or the one that pays; on all devices of a mesh.
+
+    Args:
+      args: checked arguments.
+      implementation: as `attention` takes it.
+      stats: whether the statistics are wanted beside the output; not every one has them.
+    """
+    return on_devices(of_one_device(args, implementation, stats=stats))
 
 
-def of_one_device(args: Arguments, implementation: str | Blockwise | None) -> Implementation:
-    """The implementation that was asked for, or the one that pays."""
-    if isinstance(implementation, Blockwise):
+def of_one_device(
+    args: Arguments,
+    implementation: str | Blockwise | None,
+    *,
+    stats: bool = True,
+    platform: str | None = None,
+) -> Implementation:
+    """The implementation that was asked for, or the one that pays on a platform, by default here.
+
+    A kernel that is preferred decides when it is called: what is known of a whole batch may not be
+    known of the part that a device of a mesh has.
+    """
+    if isinstance(implementation, Blockwise | Kernel):
         return implementation
+    platform = kernels.platform() if platform is None else platform
     if implementation is None:
-        pays = blockwise_pays(args.q.shape[1], args.k.shape[1])
-        implementation = "blockwise" if pays else "reference"
+        pays = blockwise_pays(args.q.shape[1], args.k.shape[1], platform)
+        general = IMPLEMENTATIONS["blockwise" if pays else "reference"]
+        kernel = KERNELS.get(platform)
+        return general if kernel is None or stats else Preferred(kernel, general)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}, a Blockwise or None, "
             f"got {implementation!r}"
         )
-    return IMPLEMENTATIONS[implementation]
+    chosen = IMPLEMENTATIONS[implementation]
+    if isinstance(chosen, Kernel):
+        chosen.check_place(platform, stats)
+    return chosen
 
 
-def blockwise_pays(T: int, S: int) -> bool:
+def blockwise_pays(T: int, S: int, platform: str | None = None) -> bool:
     """Whether blocks are faster than all T x S weights at once, or at least no slower.
 
     Measured on a CPU and on an H100, where a plane of less than one block gains nothing.
     """
-    length = 256 if jax.default_backend() == "cpu" else 1024
+    length = 256 if (platform or jax.default_backend()) == "cpu" else 1024
     return length * length <= T * S

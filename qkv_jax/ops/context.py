@@ -91,7 +91,7 @@ def ring_attention(
       batch_axis, head_axis: those along which batch rows and heads are cut, if they are: indices
         (of dropout, and of the heads that masks and scores ask for) count from the first of all.
       implementation: a `Blockwise`, for block sizes of one's own. By default a block is no larger
-        than half a shard. "reference" cannot be honoured.
+        than half a shard. No other can be honoured.
       **kwargs: positions are those of the shard; without them, those of contiguous shards. Sinks
         are those of the heads here.
 
@@ -100,7 +100,7 @@ def ring_attention(
 
     Raises:
       ValueError: also where `axis_name` is no axis that `jax.shard_map` cuts along.
-      NotImplementedError: for `implementation="reference"`.
+      NotImplementedError: for another `implementation`, such as "reference".
     """
     args, ring = _checked(q, k, v, axis_name, batch_axis, head_axis, **kwargs)
     out, _ = _blockwise(implementation)(args, entropy=False, ring=ring)
@@ -141,7 +141,7 @@ def ulysses_attention(
     head is sent to every device that has queries for it. What masks and scores carry is sent too:
     an operand with the axes T and S becomes whole on every device, but for its heads.
 
-    The arguments and errors are those of `ring_attention`; `implementation` may be "reference".
+    The arguments and errors are those of `ring_attention`; `implementation` may be any.
 
     Raises:
       ValueError: also where the devices do not divide the query heads here.
@@ -190,7 +190,7 @@ def ulysses_attention(
         kv_pos=positions(args.kv_pos, "kv_positions", 3),
         first=First(batch=args.first.batch, head=args.first.head + first_head),
     )
-    out, _ = choose(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation, stats=False)(args, entropy=False)
     return jax.lax.all_to_all(out, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -209,7 +209,7 @@ def all_gather_attention(
 
     The simplest form, arxiv.org/abs/2407.21783: one collective before and, for the gradients of
     the keys, one after. It takes memory for all keys and values, which are few where K is far below
-    N. The arguments and errors are those of `ring_attention`; `implementation` may be "reference".
+    N. The arguments and errors are those of `ring_attention`; `implementation` may be any.
     """
     args, ring = _checked(q, k, v, axis_name, batch_axis, head_axis, **kwargs)
     S = args.k.shape[1]
@@ -226,7 +226,7 @@ def all_gather_attention(
         kv_pos=ring.gathered(args.kv_pos, 3),
         first=args.first._replace(key=0),
     )
-    out, _ = choose(args, implementation)(args, entropy=False)
+    out, _ = choose(args, implementation, stats=False)(args, entropy=False)
     return out
 
 

@@ -62,7 +62,7 @@ def cosine_attention(
     temperature = jnp.reshape(jnp.asarray(temperature, args.dtype), (-1, 1))
     q, k = (_unit(x.astype(args.dtype)) for x in (args.q, args.k))
     args = dataclasses.replace(args, q=q * temperature, k=k)
-    out, _ = choose(args, None)(args, entropy=False)
+    out, _ = choose(args, None, stats=False)(args, entropy=False)
     return out
 
 

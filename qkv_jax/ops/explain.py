@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from qkv_jax.ops import arguments, plan
+from qkv_jax.ops import arguments, kernels, plan
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.attention import IMPLEMENTATIONS, blockwise_pays, of_one_device
+from qkv_jax.ops.attention import IMPLEMENTATIONS, KERNELS, blockwise_pays, of_one_device
 from qkv_jax.ops.blockwise import Blockwise
+from qkv_jax.ops.kernels import Kernel, Preferred
 from qkv_jax.ops.mask_algebra import ALL, NONE, SOME, Mask
 from qkv_jax.ops.plan import Grid
 from qkv_jax.ops.prepared import grid_of
-from qkv_jax.ops.reference import reference
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array | np.ndarray
@@ -42,8 +42,10 @@ class Explanation:
     "blockwise" are those of a plan that skips nothing.
     """
 
-    implementation: str  # "reference" or "blockwise"
-    reasons: dict[str, str]  # by implementation: why it is chosen, or what speaks for or against it
+    implementation: str  # "reference", "blockwise", "cudnn" or "splash"
+    # By implementation: why it is chosen, or what speaks for or against it. A kernel of another
+    # platform is not among them.
+    reasons: dict[str, str]
     shapes: dict[str, tuple[int, ...]]  # of q, k and v
     dtype: np.dtype  # of logits, softmax and sums
     block_q: int  # queries per block of "blockwise"
@@ -51,10 +53,10 @@ class Explanation:
     skipped: int | None  # blocks in which nothing is allowed
     partial: int | None  # blocks that need the mask's predicate
     full: int | None  # blocks that do not
-    costs: dict[str, Cost]  # by implementation
+    costs: dict[str, Cost]  # of "blockwise" and "reference": a kernel's own are not known
 
     def __str__(self) -> str:
-        others = [name for name in self.costs if name != self.implementation]
+        others = [name for name in self.reasons if name != self.implementation]
         names = [self.implementation, *others]
         sizes = {name: list(shape) for name, shape in self.shapes.items()} | {"logits": self.dtype}
         return "\n".join(
@@ -65,7 +67,7 @@ class Explanation:
                 "",
                 *self._block_lines(),
                 "",
-                *self._cost_lines(names),
+                *self._cost_lines([name for name in names if name in self.costs]),
             ]
         )
 
@@ -107,6 +109,7 @@ def explain(
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
     implementation: str | Blockwise | None = None,
+    platform: str | None = None,
 ) -> Explanation:
     """Which implementation `attention` takes for these arguments, why, and what it costs.
 
@@ -125,9 +128,19 @@ def explain(
 
     The arguments and errors are those of `attention`; q, k and v may be shapes, and none is read.
 
+    Args:
+      platform: "cpu", "gpu" (NVIDIA's) or "tpu", to ask what `attention` would do there; by default
+        where JAX computes.
+
     Raises:
       ValueError: also where an axis of q, k or v is empty.
     """
+    if platform is None:
+        platform = kernels.platform()
+    elif platform not in kernels.PLATFORMS:
+        raise ValueError(
+            f"platform: wanted one of {sorted(kernels.PLATFORMS)} or None, got {platform!r}"
+        )
     args = arguments.check(
         q, k, v, mask=mask, score=score, scale=scale, sinks=sinks, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions,
@@ -135,18 +148,22 @@ def explain(
     shapes = {"q": args.q.shape, "k": args.k.shape, "v": args.v.shape}
     if empty := [f"{name} {list(shape)}" for name, shape in shapes.items() if 0 in shape]:
         raise ValueError(f"explain: wanted no empty axis, got {', '.join(empty)}")
-    chosen = of_one_device(args, implementation)
-    name = "reference" if chosen is reference else "blockwise"
-    blocks = chosen if name == "blockwise" else IMPLEMENTATIONS["blockwise"]
-    grid = grid_of(args, (blocks.block_q, blocks.block_kv))
+    chosen = of_one_device(args, implementation, stats=False, platform=platform)
+    if isinstance(chosen, Preferred):
+        chosen = chosen.of(args)
+    if isinstance(chosen, Kernel):
+        chosen.check_call(args)
+    blocks = chosen if isinstance(chosen, Blockwise) else IMPLEMENTATIONS["blockwise"]
+    grid = grid_of(args, (blocks.block_q, blocks.block_kv), platform=platform)
     cover = plan.coverage(args.mask, args.q_pos, args.kv_pos, args.head, grid)
     grid, *_ = plan.schedule(cover, grid)
     counts = _counts(cover, grid)
     costs = {"blockwise": _blockwise_cost(args, grid, counts), "reference": _reference_cost(args)}
+    name = next((name for name, x in IMPLEMENTATIONS.items() if x is chosen), "blockwise")
+    reasons = _reasons(args, name, implementation is not None, costs, platform)
     return Explanation(
-        name, _reasons(args, name, implementation is not None, costs), shapes,
-        args.dtype, grid.block_q, grid.block_kv, *counts, costs,
-    )  # fmt: skip
+        name, reasons, shapes, args.dtype, grid.block_q, grid.block_kv, *counts, costs
+    )
 
 
 def _counts(cover: Array, grid: Grid) -> tuple[int | None, int | None, int | None]:
@@ -157,13 +174,17 @@ def _counts(cover: Array, grid: Grid) -> tuple[int | None, int | None, int | Non
     return tuple(alike * int((cover == value).sum()) for value in (NONE, SOME, ALL))
 
 
-def _reasons(args: Arguments, name: str, asked: bool, costs: dict[str, Cost]) -> dict[str, str]:
+def _reasons(
+    args: Arguments, name: str, asked: bool, costs: dict[str, Cost], platform: str
+) -> dict[str, str]:
     T, S = args.q.shape[1], args.k.shape[1]
-    faster = "faster" if blockwise_pays(T, S) else "not faster"
+    faster = "faster" if blockwise_pays(T, S, platform) else "not faster"
     needed = _human(costs["reference"].forward_bytes, "B")
-    return {
-        "reference": f"needs {needed} for the {T} x {S} weights",
+    kernel = KERNELS.get(platform)
+    reasons = {} if kernel is None else {kernel.name: kernel.refusal(args) or "honours the call"}
+    return reasons | {
         "blockwise": f"{faster} where T x S is {T} x {S}",
+        "reference": f"needs {needed} for the {T} x {S} weights",
         name: "asked for" if asked else "the fastest that honours every argument",
     }
 

@@ -68,7 +68,7 @@ def forgetting_attention(
         )
     sums = running_sums(log_forget)
     args = dataclasses.replace(args, score=(*args.score, forget_score(sums, sums).aligned()))
-    out, _ = choose(args, None)(args, entropy=False)
+    out, _ = choose(args, None, stats=False)(args, entropy=False)
     return out
 
 

@@ -133,6 +133,6 @@ def differential_attention(
     # Wide until after the subtraction, which cancels.
     v_pairs = jnp.concatenate(jnp.split(args.v.astype(args.dtype), 2, axis=2), axis=-1)
     args = dataclasses.replace(args, v=jnp.concatenate([v_pairs, v_pairs], axis=2))
-    out, _ = choose(args, None)(args, entropy=False)
+    out, _ = choose(args, None, stats=False)(args, entropy=False)
     first, second = jnp.split(out, 2, axis=2)
     return (first - lam * second).reshape(B, T, N, h).astype(v.dtype)

@@ -137,6 +137,13 @@ class Not(Mask):
         return self.inner.uses_kv_positions
 
 
+def conjuncts(mask: Mask | None) -> list[Mask]:
+    """The masks that `&` joins, from left to right; none for None."""
+    if isinstance(mask, And):
+        return conjuncts(mask.left) + conjuncts(mask.right)
+    return [] if mask is None else [mask]
+
+
 # What the named masks build their `cover` from.
 
 

@@ -92,12 +92,15 @@ def _laid_out(
 
 
 def grid_of(
-    args: Arguments, blocks: tuple[int | None, int | None], ring: Ring | None = None
+    args: Arguments,
+    blocks: tuple[int | None, int | None],
+    ring: Ring | None = None,
+    platform: str | None = None,
 ) -> Grid:
-    """How a call is cut into blocks."""
+    """How a call is cut into blocks, on a platform, by default where JAX computes."""
     B, T, N, _ = args.q.shape
     S, K = args.k.shape[1:3]
-    platform = jax.default_backend()
+    platform = jax.default_backend() if platform is None else platform
     # In a zigzag, a shard has a piece of the sequence's beginning and one of its end: a block that
     # had tokens of both would cover nearly everything.
     lengths = [n // 2 if ring is not None and n % 2 == 0 else n for n in (T, S)]

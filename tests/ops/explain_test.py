@@ -130,6 +130,37 @@ def test_it_names_the_implementation_that_attention_takes_and_why():
     assert (asked.implementation, asked.reasons["reference"]) == ("reference", "asked for")
 
 
+HALF = shapes(2048, 2048, H=64, h=64, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("gpu", "cudnn"), ("tpu", "splash")])
+def test_it_names_the_kernel_of_a_platform_or_the_argument_that_it_refuses(platform, kernel):
+    found = ops.explain(*HALF, mask=masks.Causal(), platform=platform)
+    assert found.implementation == kernel
+    assert found.reasons[kernel] == "the fastest that honours every argument"
+    assert str(found).startswith(kernel) and set(found.costs) == {"blockwise", "reference"}
+    found = ops.explain(*HALF, dropout_rate=0.1, dropout_rng=jax.random.key(0), platform=platform)
+    assert found.implementation == "blockwise"
+    assert found.reasons[kernel].startswith("dropout_rate: ")
+    assert f"\n{kernel:<11}dropout_rate: " in str(found)
+    asked = ops.explain(*HALF, implementation=kernel, platform=platform)
+    assert (asked.implementation, asked.reasons[kernel]) == (kernel, "asked for")
+    with pytest.raises(NotImplementedError, match=f'float32 .implementation="{kernel}"'):
+        ops.explain(*shapes(128, 128), implementation=kernel, platform=platform)
+
+
+def test_a_platform_is_one_that_is_known_and_by_default_this_one():
+    found = ops.explain(*HALF, mask=masks.Causal())
+    assert found == ops.explain(*HALF, mask=masks.Causal(), platform="cpu")
+    assert set(found.reasons) == {"blockwise", "reference"}
+    other = ops.explain(*HALF, mask=masks.Causal(), platform="gpu")
+    assert other.block_kv > found.block_kv  # what was measured there
+    with pytest.raises(ValueError, match=r"platform: wanted one of .*'cpu'.* or None, got 'cuda'"):
+        ops.explain(*HALF, platform="cuda")
+    with pytest.raises(NotImplementedError, match='"splash" runs on TPUs'):
+        ops.explain(*HALF, implementation="splash")
+
+
 @pytest.mark.parametrize("traced", ["positions", "mask"])
 def test_traced_positions_and_masks_leave_the_blocks_uncounted(traced):
     found = []
