@@ -1,5 +1,6 @@
 """Training on a mesh of eight devices is training on one; and what is compiled for it."""
 
+import dataclasses
 import functools
 import re
 
@@ -48,7 +49,9 @@ def make_mesh(sizes):
     return sharding.make_mesh(sharding.MeshConfig(*sizes), batch_size=B)
 
 
-def trained(sizes, optimizer=SGD, *, config=SMALL, length=T, steps=1, accumulate=1):
+def trained(
+    sizes, optimizer=SGD, *, config=SMALL, length=T, steps=1, accumulate=1, zigzag=False
+):  # fmt: skip
     """Parameters after some steps, and the metrics."""
     graphdef, params = nn.split(Decoder(config, rngs=nnx.Rngs(0)))
     mesh = make_mesh(sizes)
@@ -56,6 +59,8 @@ def trained(sizes, optimizer=SGD, *, config=SMALL, length=T, steps=1, accumulate
         state = sharding.placed(params, optimizer, mesh)
         wanted = jax.tree.map(lambda x: x.sharding, state)
         loss = training.cross_entropy_loss(graphdef)
+        if zigzag:
+            loss = training.in_zigzag(loss, sizes[-1])
         step = jax.jit(training.make_train_step(loss, optimizer, seed=0, accumulate=accumulate))
         metrics = []
         for i in range(steps):
@@ -100,6 +105,13 @@ def test_every_mesh_of_eight_devices_gives_the_loss_and_gradients_of_one(sizes):
     check(sizes)
 
 
+@pytest.mark.slow
+def test_a_zigzag_of_tokens_changes_neither_loss_nor_gradients():
+    config = dataclasses.replace(SMALL, dropout_rate=0.0)  # whose bits count places
+    actual = trained((2, 1, 1, 4), config=config, length=LONG, zigzag=True)
+    assert_trees_close(actual, trained(ONE, config=config, length=LONG), scale=10)
+
+
 def test_there_are_twenty_meshes_of_eight_devices():
     assert len(SHAPES) == 20 and set(FEW) < set(SHAPES)
 
@@ -122,12 +134,16 @@ def test_muon_whose_state_is_stacks_of_matrices_is_as_on_one_device(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2)])
 @pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if mixer.causal])
-def test_every_mixer_gives_the_loss_and_gradients_of_one_device(name, sizes):
+def test_every_mixer_gives_the_loss_and_gradients_of_one_device(name, sizes, capfd):
     config = DecoderConfig(
         vocab_size=V, context=LONG, num_layers=2, width=16, num_heads=4, mlp_width=24, mixer=name,
         norm="rms", use_bias=False, zero_init_outputs=False,
     )  # fmt: skip
     check(sizes, config=config)
+    if (
+        sizes[-1] > 1
+    ):  # what is not `ops.attention` of tokens is the compiler's to cut, or to gather
+        capfd.readouterr()
 
 
 def test_a_checkpoint_is_restored_onto_other_meshes_to_the_bit(tmp_path):
