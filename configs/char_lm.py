@@ -130,6 +130,7 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # rows too, and each parameter, its gradient and its optimizer state
     mesh.tensor = 1  # heads, hidden units of the MLP, the vocabulary; tokens of norms
     mesh.context = 1  # tokens of a window
+    mesh.zigzag = False  # tokens in an order that gives devices of `context` equal causal work
 
     config.train = train = ConfigDict()
     train.num_steps = 1500

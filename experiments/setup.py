@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from configs import char_lm
 from experiments.tasks import TASKS, Task
 from qkv_jax import nn
+from qkv_jax.models import MIXERS, DecoderConfig
 from qkv_jax.training import (
     OptimizerConfig,
     TrainState,
@@ -234,7 +235,21 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
     for axis, (name, length) in cut.items():
         size = mesh.shape[axis]
         check(name, length, length % size == 0, f"a multiple of config.mesh.{axis} = {size}")
+    if settings.mesh.zigzag:
+        _check_zigzag(settings, pieces=2 * mesh.shape["context"])
     return mesh
+
+
+def _check_zigzag(settings: Settings, pieces: int) -> None:
+    """Checks that the tokens of a window may come in another order, in pieces of one length."""
+    model, length = settings.model_config(vocab_size=1), settings.data.context
+    decodes, name = isinstance(model, DecoderConfig), settings.model_classes[1].__name__
+    check("mesh.zigzag", True, decodes, f"False, as {name} is no decoder")
+    by_position = not any(MIXERS[name].in_order for name in model.pattern)
+    wanted = "mixers that know tokens by their positions, beside config.mesh.zigzag"
+    check("model.mixer", model.mixer, by_position, wanted)
+    wanted = f"a multiple of 2 x config.mesh.context = {pieces}, beside config.mesh.zigzag"
+    check("data.context", length, length % pieces == 0, wanted)
 
 
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:

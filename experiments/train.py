@@ -71,9 +71,12 @@ def main(_) -> None:
     if mesh.size > 1:
         print(f"\n{sharding.plan(params, optimizer, mesh)}\n")
     state = sharding.placed(params, optimizer, mesh)
+    loss = training.cross_entropy_loss(graphdef, task.predict)
+    if settings.mesh.zigzag:
+        loss = training.in_zigzag(loss, mesh.shape["context"])
     train_steps = training.make_train_steps(
         training.make_train_step(
-            training.cross_entropy_loss(graphdef, task.predict),
+            loss,
             optimizer,
             seed=settings.seed,
             accumulate=settings.optimizer.accumulate,

@@ -38,12 +38,14 @@ class Mixer:
       reads: which of `SETTINGS`.
       causal: whether a decoder may use it.
       bidirectional: whether an encoder may.
+      in_order: whether it takes tokens in the order of the array, whatever their positions say.
     """
 
     make: Callable[..., nnx.Module]
     reads: tuple[str, ...] = ()
     causal: bool = True
     bidirectional: bool = True
+    in_order: bool = False
 
 
 class Op:
@@ -62,6 +64,7 @@ def _attention(
     reads: Sequence[str] = (),
     causal: bool = True,
     bidirectional: bool = True,
+    in_order: bool = False,
     **fields: Any,
 ) -> Mixer:
     """A row for `nn.MultiHeadAttention` or what extends it, as the config's fields say.
@@ -96,7 +99,7 @@ def _attention(
     settings = _fields(fields) + (_fields(op.fields) if isinstance(op, Op) else ())
     if not (isinstance(op, Op) and "rotary_base" in op.fields):  # that rotates by itself
         settings += ("rotary_scaling",)
-    return Mixer(make, (*heads, *reads, *settings), causal, bidirectional)
+    return Mixer(make, (*heads, *reads, *settings), causal, bidirectional, in_order)
 
 
 def _module(
@@ -105,6 +108,7 @@ def _module(
     heads: bool = True,
     causal: bool = True,
     bidirectional: bool = True,
+    in_order: bool = True,
     **fields: Any,
 ) -> Mixer:
     """A row for any other module, called with width (and heads), `fields` and what all share."""
@@ -113,7 +117,7 @@ def _module(
         sizes = (config.width, config.num_heads) if heads else (config.width,)
         return module(*sizes, **_values(fields, config, layer), **shared)
 
-    return Mixer(make, _fields(fields), causal, bidirectional)
+    return Mixer(make, _fields(fields), causal, bidirectional, in_order)
 
 
 def _recurrence(module: type[nnx.Module], **fields: Any) -> Mixer:
@@ -192,12 +196,15 @@ MIXERS: dict[str, Mixer] = {
     "strided": _attention(op=Op(sparse.Strided, stride="block_size")),
     "fixed": _attention(op=Op(sparse.Fixed, stride="block_size")),
     "topk": _attention(op=Op(top_k.TopK, num_keys="top_k")),
-    "moba": _attention(op=Op(moba.MoBA, block_size="block_size", num_blocks="num_blocks")),
+    "moba": _attention(
+        op=Op(moba.MoBA, block_size="block_size", num_blocks="num_blocks"), in_order=True
+    ),
     "nsa": _attention(
         nn.NativeSparseAttention,
         reads=("window", "block_size", "num_blocks"),
         pattern=_nsa_pattern,
         bidirectional=False,
+        in_order=True,
     ),
     "memory": _attention(nn.MemoryAttention, window="window", num_keys="top_k"),
     # Exact attention with other weights
@@ -217,8 +224,8 @@ MIXERS: dict[str, Mixer] = {
         nn.DifferentialAttention, lambda_init=lambda _, layer: 0.8 - 0.6 * math.exp(-0.3 * layer)
     ),
     "value_residual": _attention(nn.ValueResidualAttention),
-    "forgetting": _attention(nn.ForgettingAttention, bidirectional=False),
-    "cope": _attention(nn.ContextualPositionAttention, max_positions="window"),
+    "forgetting": _attention(nn.ForgettingAttention, bidirectional=False, in_order=True),
+    "cope": _attention(nn.ContextualPositionAttention, max_positions="window", in_order=True),
     "bahdanau": _attention(nn.AdditiveAttention),
     "luong": _attention(nn.LuongAttention, heads=("share_kv",), kind="general"),
     "latent": _module(
@@ -228,11 +235,13 @@ MIXERS: dict[str, Mixer] = {
         rotary_base=_rotary_base,
         use_bias="use_bias",
         dropout_rate="dropout_rate",
+        in_order=False,
     ),
     # Linear attention and the delta rule
-    "linear": _attention(op=Op(features.LinearAttention, chunk_size="chunk_size")),
+    "linear": _attention(op=Op(features.LinearAttention, chunk_size="chunk_size"), in_order=True),
     "performer": _attention(
-        op=Op(features.Performer, num_features="num_features", chunk_size="chunk_size")
+        op=Op(features.Performer, num_features="num_features", chunk_size="chunk_size"),
+        in_order=True,
     ),
     "retention": _recurrence(nn.Retention, rotary_base=_rotary_base),
     "gated_linear": _recurrence(nn.GatedLinearAttention),

@@ -28,7 +28,7 @@ from qkv_jax.ops.arguments import Arguments, First
 from qkv_jax.ops.attention import choose
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.masks import Mask
-from qkv_jax.ops.mesh import shared_out
+from qkv_jax.ops.mesh import first_here, shared_out
 from qkv_jax.ops.ring import Ring
 from qkv_jax.ops.scores import Score
 from qkv_jax.ops.stats import Stats
@@ -281,11 +281,10 @@ def _checked(
 
 
 def _first(axis: Axis | None, name: str, length: int) -> int | jax.Array:
-    """The index, among those of all devices along a mesh axis, of the first that is here."""
-    if axis is None:
-        return 0
-    Ring.along(name, axis)
-    return jax.lax.axis_index(axis) * length
+    """`first_here`, of a mesh axis that is checked to be one; `name` as in `Ring.along`."""
+    if axis is not None:
+        Ring.along(name, axis)
+    return first_here(axis, length)
 
 
 def _blockwise(implementation: str | Blockwise | None) -> Blockwise:

@@ -22,7 +22,9 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from qkv_jax.ops.arguments import Arguments, First
+from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.dropout import key_words
+from qkv_jax.ops.ring import Ring
 from qkv_jax.ops.stats import Stats
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -73,12 +75,37 @@ def constrain(x: jax.Array, *wanted: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted(wanted, x.shape, known)))
 
 
-def on_devices(implementation: Implementation) -> Implementation:
-    """An implementation of attention on the mesh that is set: rows and heads where they lie.
+def operand_cut(x: Any, axes: Sequence[Axes | str]) -> PartitionSpec:
+    """How an operand of a mask or a score is cut, or another array that is aligned as they are.
 
-    Each device computes its rows of the batch, its heads and, along `context`, its queries, with
-    the keys of all tokens gathered (Llama 3, section 3.3.2, arxiv.org/abs/2407.21783). The compiler
-    left alone would gather rows and heads, over which an implementation may loop.
+    Along the axes it has, but along T alone where it has T and S: a device has queries, and keys
+    come to it.
+
+    Args:
+      x: of rank 4, each axis that of [B, N, T, S] or 1; or a table, which every device has whole.
+      axes: the mesh axes that cut B, N, T and S.
+    """
+    if np.ndim(x) != 4:
+        return PartitionSpec()
+    B, N, T, S = axes
+    cut = zip((B, N, T, S if np.shape(x)[2] == 1 else None), np.shape(x), strict=True)
+    return PartitionSpec(*(axis if length > 1 else None for axis, length in cut))
+
+
+def on_devices(implementation: Implementation) -> Implementation:
+    """An implementation of attention on the mesh that is set: everything computed where it lies.
+
+    Each device computes its rows of the batch and its heads; the compiler left alone would gather
+    them, over which an implementation may loop. Along `context` it computes its queries, and the
+    keys travel past them in a ring, so that no device ever holds those of all tokens (Liu et al.
+    2023, arxiv.org/abs/2310.01889). They are gathered (Llama 3, section 3.3.2,
+    arxiv.org/abs/2407.21783), with the same answers, where a ring cannot be:
+
+        an implementation other than a `Blockwise`    it wants all keys of a query at once
+        `context` does not divide T                   the queries are not cut
+        `context` does not divide S                   nor are the keys
+        less than 2 tokens on a device                an axis of 1 would say "for all tokens"
+        an empty axis                                 there is nothing to send
     """
     return functools.partial(_sharded, implementation) if sizes() else implementation
 
@@ -87,27 +114,19 @@ def _sharded(
     implementation: Implementation, args: Arguments, *, entropy: bool = True
 ) -> tuple[jax.Array, Stats]:
     known = sizes()
-    B, T, N, _ = args.q.shape
-    rows, queries, heads, _ = fitted((ROWS, TOKENS, HEADS, None), args.q.shape, known)
+    axes, options = _axes_and_ring(implementation, args, known)
+    rows, heads, queries, keys = axes
     # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
     # is sent to all devices that have queries for it.
     k, v = (shared_out(x, _pieces(heads, known)) for x in (args.k, args.v))
-
-    def operand(x: Any) -> PartitionSpec:  # [B or 1, N or 1, T or 1, ...], or a table
-        if np.ndim(x) != 4:
-            return PartitionSpec()
-        cut = zip((rows, heads, queries), x.shape, strict=False)
-        return PartitionSpec(*(axes if length > 1 else None for axes, length in cut))
-
-    q = PartitionSpec(rows, queries, heads)
-    kv = PartitionSpec(rows, None, heads)
     rng = None if args.dropout_rng is None else key_words(args.dropout_rng)
     arrays = {
         "q": args.q, "k": k, "v": v,
         "sinks": args.sinks, "scale": args.scale, "dropout_rng": rng,
         "mask": args.mask, "score": args.score, "q_pos": args.q_pos, "kv_pos": args.kv_pos,
     }  # fmt: skip
-    specs = jax.tree.map(operand, arrays) | {"q": q, "k": kv, "v": kv}
+    q, kv = PartitionSpec(rows, queries, heads), PartitionSpec(rows, keys, heads)
+    specs = jax.tree.map(lambda x: operand_cut(x, axes), arrays) | {"q": q, "k": kv, "v": kv}
     if args.sinks is not None:
         specs["sinks"] = PartitionSpec(heads)
     leaves, tree = jax.tree.flatten(arrays)
@@ -118,13 +137,10 @@ def _sharded(
     def here(*given: jax.Array) -> tuple[jax.Array, Stats]:
         rest = iter(given)
         mine = [next(rest) if p else x for x, p in zip(leaves, passed, strict=True)]
-        first = First(
-            batch=_first(rows, B // _pieces(rows, known)),
-            head=_first(heads, N // _pieces(heads, known)),
-            query=_first(queries, T // _pieces(queries, known)),
-        )
-        local = dataclasses.replace(args, first=first, **jax.tree.unflatten(tree, mine))
-        return implementation(local, entropy=entropy)
+        local = dataclasses.replace(args, **jax.tree.unflatten(tree, mine))
+        (B, T, N, _), S = local.q.shape, local.k.shape[1]
+        first = First(*map(first_here, (rows, heads, queries, keys), (B, N, T, S)))
+        return implementation(dataclasses.replace(local, first=first), entropy=entropy, **options)
 
     return jax.shard_map(
         here,
@@ -132,6 +148,20 @@ def _sharded(
         out_specs=(q, PartitionSpec(rows, heads, queries)),
         axis_names=set(known),
     )(*(x for x, p in zip(leaves, passed, strict=True) if p))
+
+
+def _axes_and_ring(
+    implementation: Implementation, args: Arguments, known: dict[str, int]
+) -> tuple[tuple[Axes, ...], dict[str, Ring]]:
+    """The mesh axes that cut B, N, T and S, and the ring, as an argument, if the keys are cut."""
+    B, T, N, _ = args.q.shape
+    S = args.k.shape[1]
+    rows, heads, queries, keys = fitted((ROWS, HEADS, TOKENS, TOKENS), (B, N, T, S), known)
+    devices = _pieces(queries, known)
+    enough = min(T, S) >= 2 * devices and 0 not in (*args.q.shape, *args.v.shape)
+    if queries and keys and enough and isinstance(implementation, Blockwise):
+        return (rows, heads, queries, keys), {"ring": Ring(keys, devices)}
+    return (rows, heads, queries, None), {}
 
 
 def shared_out(x: jax.Array, shards: int) -> jax.Array:
@@ -145,6 +175,6 @@ def _pieces(axes: Axes, sizes: dict[str, int]) -> int:
     return math.prod(sizes[name] for name in axes or ())
 
 
-def _first(axes: Axes, length: int) -> int | jax.Array:
-    """The index of what is first on this device, which has `length`."""
-    return 0 if axes is None else jax.lax.axis_index(tuple(axes)) * length
+def first_here(axes: Axes | str, length: int) -> int | jax.Array:
+    """The index, among those of all devices along mesh axes, of the first of `length` here."""
+    return 0 if axes is None else jax.lax.axis_index(axes) * length

@@ -13,6 +13,7 @@ from jax.sharding import Mesh as DeviceMesh
 from qkv_jax.ops import arguments
 from qkv_jax.ops.context import Axis, all_gather_attention, ring_attention, ulysses_attention
 from qkv_jax.ops.masks import Mask
+from qkv_jax.ops.mesh import operand_cut
 from qkv_jax.ops.operands import is_array
 from qkv_jax.ops.scores import Score
 
@@ -114,23 +115,14 @@ class Sharded:
         specs = {name: PartitionSpec(op.batch_axis, op.axis_name, op.head_axis) for name in "qkv"}
         specs |= {"sinks": PartitionSpec(op.head_axis)}
         specs |= {"dropout_rng": PartitionSpec(), "scale": PartitionSpec()}
+        axes = op.batch_axis, op.head_axis, op.axis_name, op.axis_name
         for name in ("mask", "score"):
-            specs[name] = jax.tree.map(self._of_operand, arrays.get(name))
+            specs[name] = jax.tree.map(lambda x: operand_cut(x, axes), arrays.get(name))
         for name in ("q_positions", "kv_positions"):
             *rows, _ = arrays[name].shape if name in arrays else (0,)
             of_rows = [op.batch_axis if n > 1 else None for n in rows]
             specs[name] = PartitionSpec(*of_rows, op.axis_name)
         return {name: specs[name] for name in arrays}
-
-    def _of_operand(self, x: Array) -> PartitionSpec:
-        """How an operand is cut: along the axes it has, but along T alone if it has T and S."""
-        if np.ndim(x) != 4:
-            return PartitionSpec()
-        op = self.op
-        axes = [op.batch_axis, op.head_axis, op.axis_name, op.axis_name]
-        if x.shape[2] > 1:
-            axes[3] = None
-        return PartitionSpec(*(a if n > 1 else None for a, n in zip(axes, x.shape, strict=True)))
 
     def _check_division(self, args: arguments.Arguments) -> None:
         """That every axis is as long as its mesh axis, or a multiple."""

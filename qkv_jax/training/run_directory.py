@@ -32,6 +32,7 @@ RESUMABLE = frozenset(
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
+        "mesh.zigzag",
         "train.cpu_devices",
         "train.num_steps",
         "train.eval_every",

@@ -30,7 +30,7 @@ from qkv_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices an axis of the mesh has. `configs/char_lm.py` explains the fields.
+    """How many devices each axis of the mesh has. `configs/char_lm.py` explains the fields.
 
     Raises:
       ValueError: naming the field, what came and what was wanted.
@@ -40,6 +40,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    zigzag: bool = False
 
     def __post_init__(self) -> None:
         for name in AXES:
@@ -48,6 +49,8 @@ class MeshConfig:
                 raise ValueError(f"mesh.{name}: wanted an integer >= 1, or -1, got {size!r}")
         if list(self.sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh: wanted at most one axis of -1, got {_described(self.sizes)}")
+        if type(self.zigzag) is not bool:
+            raise ValueError(f"mesh.zigzag: wanted True or False, got {self.zigzag!r}")
 
     @property
     def sizes(self) -> dict[str, int]:

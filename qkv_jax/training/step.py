@@ -21,7 +21,12 @@ Predict = Callable[[nnx.Module, Batch, jax.Array | None], jax.Array]
 
 
 def predict_tokens(model: nnx.Module, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """The logits of a language model, [B, T, V], for the batch's `inputs`, int32 [B, T]."""
+    """The logits of a language model, [B, T, V], for the batch's `inputs`, int32 [B, T].
+
+    They stand at its `positions`, int32 [T], if it has them, else in order.
+    """
+    if "positions" in batch:
+        return model(batch["inputs"], positions=batch["positions"], rng=rng)
     return model(batch["inputs"], rng=rng)
 
 
@@ -49,6 +54,26 @@ def cross_entropy_loss(graphdef: nnx.GraphDef, predict: Predict = predict_tokens
         return mean_over_targets(losses, batch)
 
     return loss
+
+
+def in_zigzag(loss: Loss, shards: int) -> Loss:
+    """A loss whose tokens come in the order of `ops.zigzag`: equal work for shards of a window.
+
+    The mean over tokens is the same in any order, but for the bits of dropout, if the model knows
+    the order by positions alone (`Mixer.in_order` is False).
+
+    Args:
+      loss: of batches of [B, T, ...] arrays, whose tokens stand at `positions`, int32 [T] or
+        [B, T]; where a batch has none, it is given those of the order.
+      shards: over how many devices a window is cut; twice as many divide T.
+    """
+
+    def zigzag_loss(params: nn.Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        order = ops.zigzag(batch["inputs"].shape[1], shards)
+        batch = {name: x[:, order] for name, x in batch.items()}
+        return loss(params, {"positions": order} | batch, rng)
+
+    return zigzag_loss
 
 
 def mean_over_targets(losses: jax.Array, batch: Batch) -> jax.Array:

@@ -121,16 +121,31 @@ def abstract_mesh(*sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, words",
+    "sizes, fields, words",
     [
-        ((1, 1, 3, 1), ["config.model.num_heads", "config.mesh.tensor = 3", "got 4"]),
-        ((1, 1, 1, 2), ["config.data.context", "config.mesh.context = 2", "got 13"]),
+        ((1, 1, 3, 1), {}, ["config.model.num_heads", "config.mesh.tensor = 3", "got 4"]),
+        ((1, 1, 1, 2), {}, ["config.data.context", "config.mesh.context = 2", "got 13"]),
+        (
+            (1, 1, 1, 4),
+            {"mesh.zigzag": True, "data.context": 12},
+            ["config.data.context", "2 x config.mesh.context = 8", "config.mesh.zigzag", "got 12"],
+        ),
+        (
+            (1, 1, 1, 1),
+            {"mesh.zigzag": True, "model.mixer": "attention,delta"},
+            ["config.model.mixer", "by their positions", "zigzag", "got 'attention,delta'"],
+        ),
+        (
+            (1, 1, 1, 1),
+            {"mesh.zigzag": True, "task": "masked_lm"},
+            ["config.mesh.zigzag", "wanted False", "MaskedLanguageModel is no decoder"],
+        ),
     ],
 )
-def test_a_mesh_that_does_not_divide_heads_or_tokens_is_named(
-    capsys, corpus, monkeypatch, sizes, words
+def test_a_mesh_that_does_not_suit_the_model_or_its_tokens_is_named(
+    capsys, corpus, monkeypatch, sizes, fields, words
 ):
-    settings = setup.resolve(make_config(corpus))
+    settings = setup.resolve(make_config(corpus, fields))
     monkeypatch.setattr(sharding, "make_mesh", lambda *args, **kwargs: abstract_mesh(*sizes))
     said = sentence(capsys, lambda: setup.make_mesh(settings))
     assert all(word in said for word in words), said

@@ -114,6 +114,27 @@ def test_permuted_tokens_give_permuted_outputs(name):
     assert_close(apply(tokens()[:, order], None), apply(tokens(), None)[:, order], scale=20)
 
 
+QUICK = ("streaming", "latent", "linear", "gru")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CAUSAL]
+)
+def test_a_mixer_goes_by_positions_unless_it_takes_tokens_in_order(name):
+    module, apply = mixer_for(name)
+    order = np.random.RandomState(0).permutation(T)
+    wanted = apply(tokens(), ops.masks.Causal())[:, order]
+    try:
+        found = module(tokens()[:, order], mask=ops.masks.Causal(), positions=order)
+    except NotImplementedError as error:
+        assert MIXERS[name].in_order and "in array order" in str(error)
+        return
+    if MIXERS[name].in_order:
+        assert np.abs(found - wanted).max() > 1e-2
+    else:
+        assert_close(found, wanted, scale=20)
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_state_is_constant_or_grows_by_the_token(name):
     module, _ = mixer_for(name)

@@ -83,9 +83,8 @@ def of_one_device(name):
     return values_and_gradients(attend, inputs, others, compiled=False)
 
 
-def check_case(name, form, devices, implementation):
+def check_case(name, attend, implementation):
     inputs, others, places = spread(name)
-    attend = ops.Sharded(form("seq"), mesh_of(devices))
     out, gradients = values_and_gradients(
         functools.partial(attend, implementation=implementation), inputs, others
     )
@@ -108,7 +107,18 @@ ON_RINGS = [
 
 @pytest.mark.parametrize(("name", "devices"), ON_RINGS)
 def test_a_ring_gives_the_values_and_gradients_of_one_device(name, devices):
-    check_case(name, ops.RingAttention, devices, SMALL)
+    check_case(name, ops.Sharded(ops.RingAttention("seq"), mesh_of(devices)), SMALL)
+
+
+ON_A_MESH = [
+    pytest.param(name, marks=() if name == "segments" else pytest.mark.slow) for name in CASES
+]
+
+
+@pytest.mark.parametrize("name", ON_A_MESH)
+def test_attention_on_a_mesh_with_context_is_such_a_ring(name):
+    with jax.set_mesh(mesh_of(4, names=("context",))):
+        check_case(name, ops.attention, SMALL)
 
 
 IN_ONE_STEP = [
@@ -120,7 +130,7 @@ IN_ONE_STEP = [
 
 @pytest.mark.parametrize(("name", "form", "devices"), IN_ONE_STEP)
 def test_the_other_forms_give_the_values_and_gradients_of_one_device(name, form, devices):
-    check_case(name, form, devices, "reference")
+    check_case(name, ops.Sharded(form("seq"), mesh_of(devices)), "reference")
 
 
 def test_a_ring_gives_the_statistics_of_one_device():

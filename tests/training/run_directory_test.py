@@ -49,7 +49,7 @@ def test_a_new_run_holds_its_config_and_versions(tmp_path):
 
 def test_a_run_is_resumed_with_other_lengths_and_intervals_and_keeps_the_new_ones(tmp_path):
     open_run(tmp_path, make_config())
-    flags = {"train.wandb": True, "train.figures": False}
+    flags = {"train.wandb": True, "train.figures": False, "mesh.zigzag": True}
     changes = dict.fromkeys(RESUMABLE - flags.keys(), 3) | flags
     run = open_run(tmp_path, make_config(**changes))
     assert read_config(run, char_lm.get_config()).train.num_steps == 3

@@ -1,4 +1,4 @@
-"""Training on a mesh is training on one device; what lies where; what a user can get wrong."""
+"""A mesh: what lies where on it, and what a user can get wrong."""
 
 import jax
 import numpy as np
@@ -12,23 +12,12 @@ from qkv_jax.nn.sharding import parameter_axes
 from qkv_jax.ops.mesh import AXES
 from qkv_jax.training import sharding
 from qkv_jax.training.packing import leaf_names
-from tests.on_devices import DEVICES, on_devices
 
 CONFIG = DecoderConfig(
     vocab_size=97, context=7, num_layers=3, width=16, num_heads=4, num_kv_heads=2, mlp_width=24,
     use_bias=True, tie_embeddings=False,
 )  # fmt: skip
 ADAMW = training.make_optimizer(training.OptimizerConfig(name="adamw"), 9)
-SHAPES = [
-    f"{data},{fsdp},{tensor},{context}"
-    for data in (1, 2, 4, 8)
-    for fsdp in (1, 2, 4, 8)
-    for tensor in (1, 2, 4, 8)
-    for context in (1, 2, 4, 8)
-    if data * fsdp * tensor * context == DEVICES
-]
-# Rows alone; parameters cut; two key heads on eight shards of heads; tokens; three at once.
-FEW = ["8,1,1,1", "1,8,1,1", "1,1,8,1", "2,1,1,4", "2,2,2,1"]
 
 
 def params():
@@ -37,61 +26,6 @@ def params():
 
 def abstract_mesh(*sizes):
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-# On eight devices
-
-
-@pytest.fixture(scope="module")
-def found():
-    """What one process finds out for all tests below: it takes a while to start."""
-    return on_devices(*(f"step {shape}" for shape in FEW), "restore", "gathers 1,8,1,1")
-
-
-@pytest.mark.parametrize("shape", FEW)
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device(found, shape):
-    assert found[f"step {shape}"] == ""
-
-
-def test_a_checkpoint_is_restored_onto_other_meshes_to_the_bit(found):
-    assert found["restore"] == ""
-
-
-def test_no_layer_of_fsdp_is_whole_while_another_one_is(found):
-    """Each matrix is gathered twice, forward and backward, and forgotten before the next layer."""
-    D, F, V, layers = 32, 48, 40, 3
-    count, alive = (found["gathers 1,8,1,1"][name] for name in ("count", "alive"))
-    assert count.pop(f"{D},{V}", 0) + count.pop(f"{V},{D}", 0) >= 1  # the head
-    matrices = {f"{D},{D}": 4, f"{D},{F}": 1, f"{F},{D}": 1}
-    assert count == {shape: 2 * layers * number for shape, number in matrices.items()}
-    assert alive <= 4 * (4 * D * D + 2 * D * F)  # bytes of one layer
-
-
-@pytest.mark.slow
-def test_every_mesh_of_eight_devices_gives_the_loss_and_gradients_of_one():
-    assert len(SHAPES) == 20
-    found = on_devices(*(f"step {shape}" for shape in SHAPES))
-    assert {request: text for request, text in found.items() if text} == {}
-
-
-@pytest.mark.slow
-def test_micro_batches_and_muon_are_as_on_one_device():
-    requests = ("accumulated 2,2,2,1", "accumulated 4,1,1,2", "muon 2,2,2,1", "muon 1,8,1,1")
-    assert on_devices(*requests) == dict.fromkeys(requests, "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["2,2,2,1", "2,1,2,2"])
-def test_every_mixer_gives_the_loss_and_gradients_of_one_device(shape):
-    (found,) = on_devices(f"mixer {shape}").values()
-    assert {name: text for name, text in found.items() if text} == {}
-
-
-@pytest.mark.slow
-def test_eight_devices_of_fsdp_hold_less_than_a_sixth_of_gpt2_each():
-    whole, part = on_devices("state_bytes 1,1,1,1", "state_bytes 1,8,1,1").values()
-    assert whole > 3 * 4 * 124e6
-    assert part <= whole / 6
 
 
 def operations(jaxpr):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from qkv_jax import nn, training
@@ -45,6 +46,23 @@ def train_step(accumulate=1, dropout_rate=0.0, seed=0, jit=True):
 
 
 # The loss
+
+
+@pytest.mark.parametrize("predict", [training.predict_tokens, training.predict_documents])
+def test_a_loss_in_zigzag_is_that_of_the_same_tokens_in_order(predict):
+    random = np.random.RandomState(0)
+    rows = {name: random.randint(0, V, (B, 12)) for name in ("inputs", "targets")}
+    rows["weights"] = random.rand(B, 12).astype(np.float32)
+    if predict is training.predict_documents:
+        rows["segments"] = np.repeat([[0, 1], [0, 1]], [7, 5], axis=1)
+        rows["positions"] = np.concatenate([np.arange(7), np.arange(5)])[None].repeat(B, 0)
+    loss = training.cross_entropy_loss(GRAPHDEF, predict)
+    gradients = jax.jit(jax.value_and_grad(loss))
+    in_order = gradients(PARAMS, rows, None)
+    in_zigzag = jax.jit(jax.value_and_grad(training.in_zigzag(loss, 3)))(PARAMS, rows, None)
+    jax.tree.map(assert_close, in_zigzag, in_order)
+    moved, _ = gradients(PARAMS, rows | {"inputs": rows["inputs"][:, ::-1]}, None)
+    assert abs(moved - in_order[0]) > 1e-4
 
 
 def losses(inputs, targets):
