@@ -183,7 +183,7 @@ def test_a_loss_that_jumps_stops_the_run_which_goes_on_from_before_it(scripts, t
     )
     # The loss of step 111 is of the parameters before it, and that of 112 of those after it.
     warning, sentence = messages(done)
-    assert "config.optimizer.learning_rate 0.003 -> 9.0" in warning
+    assert "config.optimizer.learning_rate: 0.003 there, 9.0 now" in warning
     words = (
         "error: step 116: the loss is ", "since step 112 more than 2 times the recent median",
         "checkpoint from before is 110: remove 111 to go on from there",

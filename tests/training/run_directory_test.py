@@ -78,7 +78,7 @@ def test_an_unfinished_run_may_go_on_with_another_learning_rate_which_is_told(tm
     assert not caplog.records
     run = open_run(tmp_path, make_config(**{"optimizer.learning_rate": 0.5, "train.keep": 3}))
     (record,) = caplog.records
-    assert "config.optimizer.learning_rate 0.02 -> 0.5" in record.message
+    assert "config.optimizer.learning_rate: 0.02 there, 0.5 now" in record.message
     assert read_config(run, char_lm.get_config()).optimizer.learning_rate == 0.5
 
     run.report.write_text("")  # it is finished: its results are those of this rate
