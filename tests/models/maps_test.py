@@ -115,7 +115,8 @@ def test_importance_is_the_derivative_in_what_scales_the_heads_output(remat):
     found = head_importance(model, TOKENS, lambda logits: row_losses(logits).sum())
     assert found.shape == (L, N) and nn.split(model)[0] == graphdef
     # A factor of a head's output is one of its rows of the projection after it.
-    slopes = jax.jacobian(lambda params: row_losses(nn.merge(graphdef, params)(TOKENS)))(params)
+    of_rows = jax.jacobian(lambda params: row_losses(nn.merge(graphdef, params)(TOKENS)))
+    slopes = jax.jit(of_rows)(params)
     for layer in range(L):
         kernel = params["blocks"][layer]["mixer"]["out"]["kernel"]
         changes = (slopes["blocks"][layer]["mixer"]["out"]["kernel"] * kernel).reshape(B, N, -1)
