@@ -24,6 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 from qkv_jax.ops.arguments import Arguments, First
 from qkv_jax.ops.blockwise import Blockwise
 from qkv_jax.ops.dropout import key_words
+from qkv_jax.ops.kernels import Preferred
 from qkv_jax.ops.ring import Ring
 from qkv_jax.ops.stats import Stats
 
@@ -114,7 +115,7 @@ def _sharded(
     implementation: Implementation, args: Arguments, *, entropy: bool = True
 ) -> tuple[jax.Array, Stats]:
     known = sizes()
-    axes, options = _axes_and_ring(implementation, args, known)
+    axes, implementation = _axes_and_form(implementation, args, known)
     rows, heads, queries, keys = axes
     # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
     # is sent to all devices that have queries for it.
@@ -140,7 +141,7 @@ def _sharded(
         local = dataclasses.replace(args, **jax.tree.unflatten(tree, mine))
         (B, T, N, _), S = local.q.shape, local.k.shape[1]
         first = First(*map(first_here, (rows, heads, queries, keys), (B, N, T, S)))
-        return implementation(dataclasses.replace(local, first=first), entropy=entropy, **options)
+        return implementation(dataclasses.replace(local, first=first), entropy=entropy)
 
     return jax.shard_map(
         here,
@@ -150,18 +151,21 @@ def _sharded(
     )(*(x for x, p in zip(leaves, passed, strict=True) if p))
 
 
-def _axes_and_ring(
+def _axes_and_form(
     implementation: Implementation, args: Arguments, known: dict[str, int]
-) -> tuple[tuple[Axes, ...], dict[str, Ring]]:
-    """The mesh axes that cut B, N, T and S, and the ring, as an argument, if the keys are cut."""
+) -> tuple[tuple[Axes, ...], Implementation]:
+    """The mesh axes that cut B, N, T and S, and the implementation: a ring, if the keys are cut."""
     B, T, N, _ = args.q.shape
     S = args.k.shape[1]
     rows, heads, queries, keys = fitted((ROWS, HEADS, TOKENS, TOKENS), (B, N, T, S), known)
     devices = _pieces(queries, known)
     enough = min(T, S) >= 2 * devices and 0 not in (*args.q.shape, *args.v.shape)
-    if queries and keys and enough and isinstance(implementation, Blockwise):
-        return (rows, heads, queries, keys), {"ring": Ring(keys, devices)}
-    return (rows, heads, queries, None), {}
+    # A kernel has no ring; what it would be preferred to may have.
+    general = implementation.otherwise if isinstance(implementation, Preferred) else implementation
+    if queries and keys and enough and isinstance(general, Blockwise):
+        ring = functools.partial(general, ring=Ring(keys, devices))
+        return (rows, heads, queries, keys), ring
+    return (rows, heads, queries, None), implementation
 
 
 def shared_out(x: jax.Array, shards: int) -> jax.Array:

@@ -100,6 +100,13 @@ def test_on_a_mesh_each_device_decides_for_its_part(preferred, sizes):
     assert set(preferred) == expected
 
 
+def test_where_keys_can_travel_they_do_though_a_kernel_is_preferred_elsewhere(preferred):
+    x = arrays(shape=(1, 512))
+    with jax.set_mesh(mesh_of(context=2)):
+        program = str(jax.make_jaxpr(functools.partial(ops.attention, mask=masks.Causal()))(*x))
+    assert preferred == [] and "ppermute" in program and "all_gather" not in program
+
+
 def test_heads_that_travel_keep_the_kernel_and_keys_that_travel_do_not(preferred):
     q, k, v = arrays()
     for form in (ops.ulysses_attention, ops.all_gather_attention, ops.ring_attention):
