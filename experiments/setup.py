@@ -221,13 +221,18 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
       ValueError: it does not divide the devices, the batch, the heads or the windows.
     """
     mesh = sharding.make_mesh(settings.mesh, batch_size=settings.train.batch_size)
+    check_mesh(settings, mesh)
+    return mesh
+
+
+def check_mesh(settings: Settings, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> None:
+    """Checks that a mesh divides the heads and the windows: a ValueError as of `make_mesh`."""
     cut = {"context": ("data.context", settings.data.context)}
     if "num_heads" in _fields(settings.model_classes[0]):
         cut["tensor"] = "model.num_heads", settings.model["num_heads"]
     for axis, (name, length) in cut.items():
         size = mesh.shape[axis]
         check(name, length, length % size == 0, f"a multiple of config.mesh.{axis} = {size}")
-    return mesh
 
 
 def make_model(settings: Settings, vocab_size: int) -> tuple[nnx.GraphDef, nn.Params]:

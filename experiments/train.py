@@ -54,9 +54,10 @@ def main(_) -> None:
     if mesh.size > 1:
         print(f"\n{sharding.plan(params, optimizer, mesh)}\n")
     state = sharding.placed(params, optimizer, mesh)
+    loss = training.cross_entropy_loss(graphdef, task.predict)
     train_steps = training.make_train_steps(
         training.make_train_step(
-            training.cross_entropy_loss(graphdef, task.predict),
+            loss,
             optimizer,
             seed=settings.seed,
             accumulate=settings.optimizer.accumulate,
@@ -88,12 +89,19 @@ def main(_) -> None:
     )
     tokens_per_step = settings.windows["batch_size"] * settings.windows["context"]
 
+    def one_batch() -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in task.train_batches(step).items()}
+
+    peak = training.peak_steps(loss, state.params, one_batch, mesh)
+    speed = training.Throughput(tokens_per_step, peak)
+
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
 
     def record(first: int, count: int, metrics: training.step.Metrics) -> None:
         """Waits for some steps, refuses what is not finite, writes what is to be written."""
         metrics = {name: np.asarray(values)[:count] for name, values in metrics.items()}
+        speed.count(count)
         for i in range(count):
             now = first + i + 1
             values = {name: float(array[i]) for name, array in metrics.items()}
@@ -105,7 +113,8 @@ def main(_) -> None:
                 )
             if now % settings.train.log_every == 0 or now == settings.train.num_steps:
                 learning_rate = float(schedule(now - 1))
-                writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
+                more = {"learning_rate": learning_rate, "elapsed": elapsed()} | speed.numbers()
+                writer.write(now, values | more)
         shown["loss"] = values["loss"]
         progress.update(first + count, **shown)
 
@@ -116,6 +125,7 @@ def main(_) -> None:
         writer.write(now, found | probe(state.params) | {"elapsed": elapsed()})
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
+        speed.resume()
 
     shown: dict[str, float] = {}
     with (
@@ -153,6 +163,7 @@ def main(_) -> None:
                     pending = None
                 check_finite(state, step)
                 checkpointer.save(step, state)
+                speed.resume()
         seconds = elapsed()
     if not done:
         print(f"stopped by {stop.name} after step {step}, saved; the same command goes on")

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qkv_jax import nn, ops, training
 from qkv_jax.models import Decoder, DecoderConfig
 from qkv_jax.ops import masks, scores
+from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding
 from tests.tolerances import assert_close
 
@@ -191,7 +193,8 @@ def compiled(config: DecoderConfig, sizes: str, *, length: int, **options: Any) 
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state, sharding.shardings(state, mesh),
     )  # fmt: skip
-    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32)
+    by_row = NamedSharding(mesh, PartitionSpec(ROWS))
+    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=by_row)
     with jax.set_mesh(mesh):
         train_step = training.make_train_step(
             training.cross_entropy_loss(graphdef), optimizer, seed=0
@@ -233,6 +236,22 @@ def gathers(sizes: str) -> dict[str, Any]:
             count[f"{rows},{columns}"] = count.get(f"{rows},{columns}", 0) + 1
             alive[i : last[name] + 1] += 4 * rows * columns
     return {"count": count, "alive": int(alive.max())}
+
+
+def step_bytes(sizes: str) -> list[tuple[int, int]]:
+    """Of a step of AdamW, (arguments, temporaries) on a device: estimated, and compiled."""
+    from tests.training.estimates_test import ADAMW, CONFIG, abstract, tokens
+
+    loss, params = abstract(CONFIG)
+    found = training.estimate(
+        loss, ADAMW, params, tokens(), make_mesh(sizes), depth_first=True
+    )  # fmt: skip
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    plan = compiled(CONFIG, sizes, length=CONFIG.context, **options).memory_analysis()
+    return [
+        (found.arguments, found.temporary),
+        (plan.argument_size_in_bytes, plan.temp_size_in_bytes),
+    ]
 
 
 def state_bytes(sizes: str) -> int:
