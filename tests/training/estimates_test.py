@@ -166,7 +166,8 @@ def test_fsdp_gathers_each_matrix_twice_and_scatters_its_gradient():
     gathered = found["fsdp", "all-gather"]
     assert gathered == pytest.approx(7 / 8 * (2 * 2 * block + head), rel=0.1)
     summed = found["fsdp", "reduce-scatter"] + found["fsdp", "all-reduce"] / 2
-    assert summed == pytest.approx(7 / 8 * (2 * block + 2 * head), rel=0.1)
+    # The embedding's lies cut along its width before it is summed.
+    assert summed == pytest.approx(7 / 8 * (2 * block + head), rel=0.1)
 
 
 def test_data_sums_gradients_and_tensor_has_four_messages_a_block():
@@ -208,7 +209,8 @@ def test_time_is_of_products_traffic_and_messages():
     )  # fmt: skip
     found = training.Estimate(
         sizes={"data": 2, "fsdp": 1, "tensor": 2, "context": 1}, tokens=6, parameters=1,
-        optimizer=2, batch=3, gradients=1, temporary=4, flops=600.0, work=((300.0, 10.0), (100.0, 20.0)),
+        optimizer=2, batch=3, gradients=1, temporary=4, flops=600.0,
+        work=((300.0, 10.0), (100.0, 20.0)),
         received={("data", "all-reduce"): 3.0, ("tensor", "all-gather"): 8.0},
     )  # fmt: skip
     assert found.devices == 4 and found.total == 10
