@@ -11,7 +11,7 @@ from experiments import benchmark_steps, setup
 from experiments.abstract_step import AbstractStep, vocab_size_of
 from experiments.plan_tables import planned
 from qkv_jax import data, nn, training
-from tests.experiments.runs import assert_one_sentence
+from tests.experiments.runs import ROOT, assert_one_sentence
 from tests.experiments.setup_test import SMALL, make_config
 
 FEW = {
@@ -73,6 +73,14 @@ def test_a_plan_for_devices_that_are_not_there():
     assert "| fsdp | all-gather |" in text and "| tensor | all-gather |" in text
     # Between machines of eight, an H100 is as fast as its network.
     assert float(rows["h100"][2]) > float(rows["v5e"][2])
+
+
+@pytest.mark.slow
+def test_the_guide_shows_what_the_plan_prints():
+    guide = (ROOT / "docs/scaling.md").read_text()
+    printed = planned(resolved(lm_1b.get_config), 50_257, 8, ["h100"])
+    assert printed.partition("\n\n")[2] in guide
+    assert all(line.split(maxsplit=1)[1] in guide for line in printed.splitlines()[:3])
 
 
 def test_a_plan_says_where_a_model_does_not_fit():
