@@ -139,16 +139,39 @@ def _fused(operations: Sequence[Operation], outside: set[Value]) -> set[Value]:
     for operation in operations:
         for x in dict.fromkeys(operation.inputs):
             readers.setdefault(x, []).append(operation)
+    added = _added_in_place(operations, readers)
     times: dict[Value, int] = {}  # each of them is computed
     for operation in reversed(operations):
         for y in operation.outputs:
             reading = readers.get(y, [])
-            soft = all(r.name in CHEAP | DEAR or r.name.startswith("reduce_") for r in reading)
+            soft = all(
+                r.name in CHEAP | DEAR or r.name.startswith("reduce_") or r.outputs[0] in added
+                for r in reading
+            )
             number = sum(max(times.get(z, 1) for z in r.outputs) for r in reading)
             once = operation.name in CHEAP or (operation.name in DEAR and number < 2)
+            once |= y in added
             if once and soft and y not in outside:
                 times[y] = number
     return set(times)
+
+
+def _added_in_place(
+    operations: Sequence[Operation], readers: dict[Value, list[Operation]]
+) -> set[Value]:
+    """What is scattered into zeros and then added to something: scattered into that instead."""
+    zeros = {
+        y
+        for operation in operations
+        if operation.name == "broadcast_in_dim" and not operation.inputs[0].shape
+        for y in operation.outputs
+    }
+    return {
+        o.outputs[0]
+        for o in operations
+        if o.name == "scatter-add" and o.inputs[0] in zeros
+        if [r.name for r in readers.get(o.outputs[0], [])] in (["add"], ["add_any"])
+    }
 
 
 def _depth_first(steps: Sequence[Kernel], outputs: Sequence[Value]) -> list[Kernel]:
