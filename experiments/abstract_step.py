@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import setup
 from experiments.text import TOKEN_DOCUMENTS, TOKEN_FILES
-from qkv_jax import data, nn, training
+from qkv_jax import data, training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding
 
@@ -42,7 +42,7 @@ def vocab_size_of(config: setup.DataConfig, given: int | None) -> int:
 class AbstractStep:
     """A training step of a config, in shapes alone."""
 
-    logits: Callable[[nn.Params, dict[str, jax.Array]], jax.Array]
+    vocab_size: int
     loss: training.Loss
     optimizer: optax.GradientTransformation
     state: training.TrainState
@@ -65,12 +65,8 @@ class AbstractStep:
             names, predict = [*names, "segments", "positions"], training.predict_documents
         shape = windows["batch_size"], windows["context"]
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-
-        def logits(params: nn.Params, batch: dict[str, jax.Array]) -> jax.Array:
-            return predict(nn.merge(graphdef, params), batch, None)
-
         return cls(
-            logits=logits,
+            vocab_size=vocab_size,
             loss=training.cross_entropy_loss(graphdef, predict),
             optimizer=training.make_optimizer(settings.optimizer, settings.train.num_steps),
             state=state,

@@ -100,10 +100,9 @@ def prepared(
     """Makes the next steps of one dispatch each time it is called, and waits for them."""
     dispatch = settings.train.steps_per_dispatch
     shape = dispatch, *step.batch["inputs"].shape
-    vocab_size = jax.eval_shape(step.logits, step.state.params, step.batch).shape[-1]
-    tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(0, step.vocab_size, shape, np.int32)
     batches: Any = dict.fromkeys(step.batch, tokens)
-    _, params = setup.make_model(settings, vocab_size)
+    _, params = setup.make_model(settings, step.vocab_size)
     if mesh is None:
         state = training.TrainState.create(params, step.optimizer)
     else:

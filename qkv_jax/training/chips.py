@@ -67,7 +67,7 @@ CHIPS: dict[str, Chip] = {
     ),
     "v4": Chip(
         kinds=("TPU v4",),
-        flops=275e12, memory=32 * 2**30, memory_speed=1.228e12, link_speed=300e9,
+        flops=275e12, memory=32 * 2**30, memory_speed=1.2e12, link_speed=300e9,
         source=_CLOUD + "v4",
     ),
     "v5e": Chip(

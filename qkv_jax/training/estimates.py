@@ -32,7 +32,9 @@ def model_flops(loss: Loss, params: Params, batch: Batch) -> float:
       loss: what the step lowers.
       params, batch: arrays or `jax.ShapeDtypeStruct`s. Nothing is computed.
     """
-    return 3.0 * traced(lambda params, batch: loss(params, batch, None), params, batch).flops()
+    # In shapes: arrays lie on a mesh, and this counts for one device.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+    return 3.0 * traced(lambda params, batch: loss(params, batch, None), *shapes).flops()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Walk:
         if name == "dot_general":
             x, y = inputs
             summed = math.prod(x.shape[i] for i in params["dimension_numbers"][0][0])
-            devices = math.prod(self.sizes[name] for name in x.axes | y.axes)
+            devices = math.prod(self.sizes[axis] for axis in x.axes | y.axes)
             return 2.0 * math.prod(outputs[0].shape) * summed / devices
         if name == "attend":  # attention, block by block: q k and weights v
             q, k, v = (x.shape for x in inputs[2:5])
@@ -213,7 +213,7 @@ class Walk:
                 jax.ShapeDtypeStruct(block_shape(axes, x.shape, grid), "float32")
                 for x, axes in zip(inputs[2:], params["in_axes"], strict=True)
             ]
-            block = traced_block(f, *cuts)
+            block = block_flops(f, *cuts)
             rows, heads = -(-grid.B // grid.rows), -(-grid.N // grid.heads)
             return block * grid.q_blocks * grid.kv_blocks * rows * heads
         return 0.0
@@ -315,7 +315,7 @@ class Walk:
 
 
 @functools.lru_cache(maxsize=256)
-def traced_block(f: Callable[..., Any], *cuts: jax.ShapeDtypeStruct) -> float:
+def block_flops(f: Callable[..., Any], *cuts: jax.ShapeDtypeStruct) -> float:
     """The floating point operations of a block function's products."""
     closed = jax.make_jaxpr(functools.partial(f, True))(*cuts)
     walk = Walk({})

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qkv_jax import nn, training
+from qkv_jax import nn, ops, training
 from qkv_jax.models import MIXERS, Decoder, DecoderConfig
-from qkv_jax.training import liveness, sharding
+from qkv_jax.training import estimates, liveness, sharding
 from qkv_jax.training.placement import Value
-from qkv_jax.training.program import traced
+from qkv_jax.training.program import Walk, traced
 from tests.on_devices import on_devices
 
 B, T, V = 8, 32, 89
@@ -130,8 +130,6 @@ def test_attention_block_by_block_counts_as_all_at_once():
         q = jax.ShapeDtypeStruct((2, 96, 4, 16), jnp.float32)
 
         def f(q):
-            from qkv_jax import ops
-
             mask = ops.masks.Causal()
             return ops.attention(q, q, q, mask=mask, implementation=implementation).sum()
 
@@ -184,8 +182,6 @@ def test_data_sums_gradients_and_tensor_has_four_messages_a_block():
 
 
 def test_what_lies_elsewhere_is_sent_and_what_is_cut_is_not():
-    from qkv_jax.training.program import Walk
-
     walk = Walk({"data": 4, "fsdp": 2})
     whole, rows = ((), ()), (("data",), ())
     x = Value((8, 16), 4, whole)
@@ -224,6 +220,17 @@ def test_a_cpu_is_no_chip_that_is_known():
     loss, params = abstract(CONFIG)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), batch_size=1)
     assert training.peak_steps(loss, params, lambda: pytest.fail("not needed"), mesh) is None
+
+
+def test_the_peak_of_a_mesh_is_that_of_all_its_chips(monkeypatch):
+    loss, shapes = abstract(CONFIG)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2), batch_size=4)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    params = jax.device_put(zeros, sharding.shardings(zeros, mesh))
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in tokens().items()}
+    monkeypatch.setattr(estimates, "chip_of", lambda _: training.CHIPS["h100"])
+    found = training.peak_steps(loss, params, lambda: batch, mesh)
+    assert found == 4 * 989.4e12 / formula(CONFIG, B * T)
 
 
 def test_device_kinds_are_of_one_chip_each():
