@@ -1,10 +1,14 @@
 """GPT-2's smallest model, 124,439,808 parameters: the shapes that `benchmark decode` times.
 
-    python -m experiments.train --config=configs/gpt2_124m.py --config.data.path=my.txt \
-        --config.data.tokenizer_path=gpt2_bpe
+    python -m experiments.prepare_tokens --input=web.jsonl --tokenizer=gpt2_bpe \
+        --end_of_document="<|endoftext|>" --out=tokens/web
+    python -m experiments.train --config=configs/gpt2_124m.py --config.data.path=tokens/web
+    python -m experiments.plan --config=configs/gpt2_124m.py --vocab_size=50257 --devices=8
+    python -m experiments.benchmark train --config=configs/gpt2_124m.py
 
-GPT-2's tokenizer is loaded, not trained: `data.tokenizer_path` is a tokenizer.json, or a folder
-with encoder.json and vocab.bpe. Not trained here: that takes days on a GPU.
+GPT-2's tokenizer is loaded, not trained: a tokenizer.json, or a folder with encoder.json and
+vocab.bpe. Not trained here: that takes days on a GPU. configs/gpt2_124m_modern.py has what decoders
+have learned since.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +19,7 @@ from configs import char_lm
 def get_config() -> ConfigDict:
     config = char_lm.get_config()
     config.name = "gpt2_124m"
-    config.data.update(corpus="text_file", tokenizer="bpe", context=1024)
+    config.data.update(corpus="token_files", context=1024)
     config.model.update(
         num_layers=12, width=768, num_heads=12, activation="gelu_tanh", norm="layer",
         position="learned", qk_norm=False, use_bias=True, tie_embeddings=True,

@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark train --text=data/tinyshakespeare.txt \
         --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python
+    python -m experiments.benchmark train --config=configs/gpt2_124m.py --vocab_size=50257
     python -m experiments.benchmark attention
     python -m experiments.benchmark mechanisms
     python -m experiments.benchmark decode --nanogpt=../nanoGPT
@@ -10,6 +11,7 @@
 `train.py` where `--nanogpt` names a checkout of karpathy/nanoGPT (which is copied, not changed) and
 `--nanogpt_python` a Python that has PyTorch. The table goes to the terminal and to `--out`, with
 the command, the machine and the versions. Times are medians; `--repeats` alternates the two sides.
+With `--config` it measures that config's steps on random tokens instead: `benchmark_steps`.
 
 `attention` measures one call of attention beside JAX's own and PyTorch's: `benchmark_attention`.
 `decode` measures tokens one by one beside transformers and nanoGPT: `benchmark_decode`.
@@ -34,10 +36,12 @@ from experiments import cli
 from experiments.benchmark_attention import QUICK, benchmark_attention
 from experiments.benchmark_decode import benchmark_decode
 from experiments.benchmark_mechanisms import benchmark_mechanisms
+from experiments.benchmark_steps import benchmark_steps
 from experiments.benchmark_table import processor
 from qkv_jax.training.run_directory import versions, write_text_atomic
 from qkv_jax.training.writers import read_metrics
 
+CONFIG = cli.config_flag(None)
 TEXT = flags.DEFINE_string("text", "data/tinyshakespeare.txt", "Shakespeare's characters")
 REPEATS = flags.DEFINE_integer("repeats", 3, "alternations of the timed runs", lower_bound=1)
 TIMED_STEPS = flags.DEFINE_integer("timed_steps", 300, "steps of a timed run", lower_bound=50)
@@ -105,7 +109,10 @@ def train(config: str, workdir: Path, *overrides: str) -> Run:
 
 
 def benchmark_train() -> None:
-    """Fills the table of training, row by row."""
+    """Fills the table of training, row by row; or that of a config's steps."""
+    if CONFIG.value is not None:
+        benchmark_steps(CONFIG.value, _out(f"benchmark_train_{CONFIG.value.name}"))
+        return
     for path in filter(None, (TEXT.value, nanogpt.NANOGPT.value)):
         if not Path(path).exists():
             cli.fail(f"{path} does not exist; see --help")

@@ -229,6 +229,12 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
       ValueError: it does not divide the devices, the batch, the heads or the windows.
     """
     mesh = sharding.make_mesh(settings.mesh, batch_size=settings.train.batch_size)
+    check_mesh(settings, mesh)
+    return mesh
+
+
+def check_mesh(settings: Settings, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> None:
+    """Checks that a mesh divides the heads and the windows: a ValueError as of `make_mesh`."""
     cut = {"context": ("data.context", settings.data.context)}
     if "num_heads" in _fields(settings.model_classes[0]):
         cut["tensor"] = "model.num_heads", settings.model["num_heads"]
@@ -237,7 +243,6 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
         check(name, length, length % size == 0, f"a multiple of config.mesh.{axis} = {size}")
     if settings.mesh.zigzag:
         _check_zigzag(settings, pieces=2 * mesh.shape["context"])
-    return mesh
 
 
 def _check_zigzag(settings: Settings, pieces: int) -> None:

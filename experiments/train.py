@@ -121,6 +121,12 @@ def main(_) -> None:
     batch_size = settings.windows["batch_size"]
     tokens_per_step = batch_size * settings.windows["context"]
 
+    def one_batch() -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in task.train_batches(step).items()}
+
+    peak = training.peak_steps(loss, state.params, one_batch, mesh)
+    speed = training.Throughput(tokens_per_step, peak)
+
     def elapsed() -> float:
         return elapsed_before + time.perf_counter() - started
 
@@ -132,6 +138,7 @@ def main(_) -> None:
     def record(first: int, count: int, metrics: training.step.Metrics) -> None:
         """Waits for some steps, refuses what is not finite, writes what is to be written."""
         metrics = {name: np.asarray(values)[:count] for name, values in metrics.items()}
+        speed.count(count)
         for i in range(count):
             now = first + i + 1
             values = {name: float(array[i]) for name, array in metrics.items()}
@@ -143,7 +150,8 @@ def main(_) -> None:
                 )
             if now % settings.train.log_every == 0 or now == settings.train.num_steps:
                 learning_rate = float(schedule(now - 1))
-                writer.write(now, values | {"learning_rate": learning_rate, "elapsed": elapsed()})
+                more = {"learning_rate": learning_rate, "elapsed": elapsed()} | speed.numbers()
+                writer.write(now, values | more)
             spikes.see(now, values["loss"], saved)
         shown["loss"] = values["loss"]
         progress.update(first + count, **shown)
@@ -161,6 +169,7 @@ def main(_) -> None:
         shown["validation"] = means["loss"]
         progress.update(now, **shown)
         heartbeat.beat(now, **shown)
+        speed.resume()
 
     shown: dict[str, float] = {}
     with (
@@ -207,6 +216,7 @@ def main(_) -> None:
                     check_finite(state, step)
                     checkpointer.save(step, state)
                     save_times.saved(step)
+                    speed.resume()
         params = processes.whole(state.params) if done else None
         seconds = elapsed()
     processes.leave()

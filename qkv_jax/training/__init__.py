@@ -1,6 +1,7 @@
 """Training: functions over one `TrainState`, and what keeps a run safe."""
 
 from qkv_jax.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
+from qkv_jax.training.chips import CHIPS, Chip, chip_of
 from qkv_jax.training.distillation import (
     DistillationConfig,
     Student,
@@ -9,6 +10,7 @@ from qkv_jax.training.distillation import (
     relation_loss,
     soft_target_loss,
 )
+from qkv_jax.training.estimates import Estimate, estimate, model_flops, peak_steps
 from qkv_jax.training.evaluation import make_eval_step, mean_metrics
 from qkv_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.preemption import StopSignal
@@ -28,11 +30,15 @@ from qkv_jax.training.step import (
     predict_padded_tokens,
     predict_tokens,
 )
+from qkv_jax.training.throughput import Throughput
 
 __all__ = [
+    "CHIPS",
     "CheckpointError",
     "Checkpointer",
+    "Chip",
     "DistillationConfig",
+    "Estimate",
     "Loss",
     "LossSpikeError",
     "LossSpikes",
@@ -43,9 +49,12 @@ __all__ = [
     "SaveTimes",
     "StopSignal",
     "Student",
+    "Throughput",
     "TrainState",
+    "chip_of",
     "cross_entropy_loss",
     "distillation_loss",
+    "estimate",
     "hidden_loss",
     "in_zigzag",
     "load_checkpoint",
@@ -55,6 +64,8 @@ __all__ = [
     "make_train_step",
     "make_train_steps",
     "mean_metrics",
+    "model_flops",
+    "peak_steps",
     "predict_documents",
     "predict_padded_tokens",
     "predict_tokens",

@@ -85,6 +85,14 @@ def make_mesh(config: MeshConfig, *, batch_size: int) -> Mesh:
     )  # fmt: skip
 
 
+def abstract_mesh(
+    config: MeshConfig, num_devices: int, *, batch_size: int
+) -> jax.sharding.AbstractMesh:
+    """The mesh of so many devices, which need not exist; otherwise as `make_mesh`."""
+    sizes = tuple(axis_sizes(config, num_devices, batch_size).values())
+    return jax.sharding.AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def axis_sizes(config: MeshConfig, num_devices: int, batch_size: int) -> dict[str, int]:
     """The sizes of a mesh's axes, -1 filled in; arguments and errors as of `make_mesh`."""
     wanted = config.sizes
@@ -121,6 +129,13 @@ def placed(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) 
         params = processes.place(params, shardings(params, mesh))
         state = TrainState.create(params, optimizer)
         return jax.device_put(state, shardings(state, mesh))
+
+
+def device_bytes(tree: Any, mesh: jax.sharding.AbstractMesh | Mesh) -> int:
+    """The bytes that one device holds of a state, or of its parameters."""
+    sizes = dict(mesh.shape)
+    leaves = zip(jax.tree.leaves(tree), leaf_axes(tree, sizes), strict=True)
+    return sum(_held(leaf, axes, sizes)[1] for leaf, axes in leaves)
 
 
 def plan(

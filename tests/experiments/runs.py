@@ -178,8 +178,8 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def numbers(workdir: Path) -> list[dict]:
     """The metrics, without how long it took."""
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return [{name: row[name] for name in row if name != "elapsed"} for row in rows]
+    rows, times = read_metrics(workdir / "metrics.jsonl"), ("elapsed", "tokens_per_second")
+    return [{name: row[name] for name in row if name not in times} for row in rows]
 
 
 def files_of(workdir: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qkv_jax.data import CharTokenizer
+from qkv_jax.training.writers import read_metrics
 from tests.experiments.runs import (
     EVALUATED,
     LOGGED,
@@ -62,6 +63,13 @@ def test_metrics_stand_at_the_promised_steps_and_the_loss_falls(finished):
     assert training[-1]["loss"] < training[0]["loss"]
     rates = [row["learning_rate"] for row in training]
     np.testing.assert_allclose(rates, 3e-3 * np.array(LOGGED) / 20, rtol=1e-5)  # 20 to warm up
+
+
+def test_metrics_say_how_fast_it_is_but_of_the_steps_that_wait_for_the_compiler(finished):
+    rows = [row for row in read_metrics(finished / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows if "tokens_per_second" not in row] == [2]  # of three steps
+    assert all(row["tokens_per_second"] > 0 for row in rows[1:])
+    assert not any("mfu" in row for row in rows)  # what a CPU can do at most, nobody knows
 
 
 def test_the_report_ties_the_results_together_and_is_printed(trained):

@@ -5,7 +5,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,9 +14,11 @@ from qkv_jax import nn, training
 from qkv_jax.models import MIXERS, Decoder, DecoderConfig
 from qkv_jax.training import sharding
 from tests.tolerances import assert_close
+from tests.training.meshes import ROWS as B
+from tests.training.meshes import compiled, make_mesh
 
 DEVICES = 8
-B, T, V = 8, 16, 40
+T, V = 16, 40
 LONG = 256  # tokens of a window whose attention is computed in blocks, so that keys travel
 SMALL = DecoderConfig(
     vocab_size=V, context=T, num_layers=1, width=16, num_heads=8, num_kv_heads=2, head_dim=6,
@@ -43,10 +44,6 @@ def partitioned_as_wanted(capfd):
     """The compiler says so where it can only gather what it is to cut otherwise."""
     yield
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-
-
-def make_mesh(sizes):
-    return sharding.make_mesh(sharding.MeshConfig(*sizes), batch_size=B)
 
 
 def trained(
@@ -162,31 +159,6 @@ def test_a_checkpoint_is_restored_onto_other_meshes_to_the_bit(tmp_path):
 
 
 # What is compiled
-
-
-def compiled(config, sizes, *, length, **options):
-    """The step of AdamW, compiled for abstract arrays."""
-    optimizer = training.make_optimizer(training.OptimizerConfig(name="adamw"), 9)
-    graphdef, mesh = None, make_mesh(sizes)
-
-    def create():
-        nonlocal graphdef
-        graphdef, params = nn.split(Decoder(config, rngs=nnx.Rngs(0)))
-        return training.TrainState.create(params, optimizer)
-
-    state = jax.eval_shape(create)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state, sharding.shardings(state, mesh),
-    )  # fmt: skip
-    tokens = jax.ShapeDtypeStruct((B, length), jnp.int32)
-    with jax.set_mesh(mesh):
-        loss = training.cross_entropy_loss(graphdef)
-        train_step = training.make_train_step(loss, optimizer, seed=0)
-        lowered = jax.jit(train_step, donate_argnums=0).lower(
-            state, {"inputs": tokens, "targets": tokens}
-        )
-        return lowered.compile(compiler_options=options)
 
 
 def test_no_device_of_context_ever_holds_anything_of_all_tokens():
