@@ -55,8 +55,10 @@ def project(x: jax.Array, layers: Sequence[Linear]) -> list[jax.Array]:
       `[layer(x) for layer in layers]`.
     """
     alike = all(isinstance(layer, Linear) for layer in layers)  # and not quantized
-    # Kernels that a mesh cuts along `tensor` would have to be gathered to lie side by side.
-    if len(layers) == 1 or x.size // x.shape[-1] <= FEW or not alike or mesh.cuts("tensor"):
+    # Kernels that a mesh cuts along `tensor` would have to be gathered to lie side by side, and of
+    # those that it cuts along `fsdp` the sum of the gradients could not be scattered as they lie.
+    cut = mesh.cuts("tensor", "fsdp")
+    if len(layers) == 1 or x.size // x.shape[-1] <= FEW or not alike or cut:
         return [layer(x) for layer in layers]
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
     x, kernel = layers[0].promote_dtype((x, kernel), dtype=layers[0].dtype)
