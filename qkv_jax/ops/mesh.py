@@ -106,7 +106,8 @@ def on_devices(implementation: Implementation) -> Implementation:
         `context` does not divide T                   the queries are not cut
         `context` does not divide S                   nor are the keys
         less than 2 tokens on a device                an axis of 1 would say "for all tokens"
-        an empty axis                                 there is nothing to send
+
+    Where an axis is empty, nothing is cut.
     """
     return functools.partial(_sharded, implementation) if sizes() else implementation
 
@@ -115,6 +116,8 @@ def _sharded(
     implementation: Implementation, args: Arguments, *, entropy: bool = True
 ) -> tuple[jax.Array, Stats]:
     known = sizes()
+    if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):  # XLA may crash on pieces of nothing
+        return implementation(args, entropy=entropy)
     axes, implementation = _axes_and_form(implementation, args, known)
     rows, heads, queries, keys = axes
     # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
@@ -159,7 +162,7 @@ def _axes_and_form(
     S = args.k.shape[1]
     rows, heads, queries, keys = fitted((ROWS, HEADS, TOKENS, TOKENS), (B, N, T, S), known)
     devices = _pieces(queries, known)
-    enough = min(T, S) >= 2 * devices and 0 not in (*args.q.shape, *args.v.shape)
+    enough = min(T, S) >= 2 * devices
     # A kernel has no ring; what it would be preferred to may have.
     general = implementation.otherwise if isinstance(implementation, Preferred) else implementation
     if queries and keys and enough and isinstance(general, Blockwise):

@@ -54,6 +54,7 @@ def join(
     )
     watch.daemon = True
     watch.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
             coordinator, process_count, process_index,
