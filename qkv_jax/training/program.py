@@ -163,6 +163,10 @@ class Walk:
         if name in CALLS and inner is not None:
             jaxpr = getattr(inner, "jaxpr", inner)
             return self(jaxpr, [*(self.value(v.aval) for v in jaxpr.constvars), *inputs])
+        if name == "cond":  # the last branch: what is done by default where platforms differ
+            branch = params["branches"][-1]
+            jaxpr = getattr(branch, "jaxpr", branch)
+            return self(jaxpr, [*(self.value(v.aval) for v in jaxpr.constvars), *inputs[1:]])
         if name == "shard_map":
             return self.shard_map(equation, inputs)
         if name == "scan":
@@ -250,8 +254,9 @@ class Walk:
 
     def scan(self, equation: Any, inputs: list[Value]) -> list[Value]:
         """A loop: what it carries lies where its body leaves it."""
-        params, jaxpr = equation.params, equation.params["jaxpr"].jaxpr
-        fixed, carried = params["num_consts"], params["num_carry"]
+        params, jaxpr = equation.params, equation.params["jaxpr"]
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        fixed, carried = _fixed_and_carried(params)
         inputs = [self.moved(x, x.cut) for x in inputs]
         cuts = [x.cut if i < fixed + carried else x.cut[1:] for i, x in enumerate(inputs)]
         for _ in range(2):  # the second time, from where the first has left what is carried
@@ -322,3 +327,11 @@ def block_flops(f: Callable[..., Any], *cuts: jax.ShapeDtypeStruct) -> float:
     values = [walk.value(v.aval) for v in (*closed.jaxpr.constvars, *closed.jaxpr.invars)]
     walk(closed.jaxpr, values)
     return Program([], [], walk.operations).flops()
+
+
+def _fixed_and_carried(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a loop's arguments stay, and how many it carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    fixed, carried, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(fixed), len(carried)

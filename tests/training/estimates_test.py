@@ -253,3 +253,20 @@ def test_throughput_leaves_out_compilation_and_interruptions():
     speed.count(3)
     assert speed.numbers() == {"tokens_per_second": 200.0, "mfu": 0.5}
     assert "mfu" not in training.Throughput(100).numbers()
+
+
+def test_what_cannot_be_counted_ends_no_run(monkeypatch, caplog):
+    monkeypatch.setattr(estimates, "chip_of", lambda _: training.CHIPS["h100"])
+    loss, params = abstract(CONFIG)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), batch_size=1)
+    assert training.peak_steps(loss, params, lambda: {"nothing": 1}, mesh) is None
+    assert "mfu is left out" in caplog.text
+
+
+def test_of_a_choice_between_platforms_the_default_counts():
+    """As of attention, where a kernel is preferred whose products nobody sees."""
+
+    def f(x):
+        return jax.lax.platform_dependent(x, cuda=lambda x: x, default=lambda x: x @ x).sum()
+
+    assert traced(f, jax.ShapeDtypeStruct((16, 16), jnp.float32)).flops() == 2 * 16**3
