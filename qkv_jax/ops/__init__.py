@@ -26,14 +26,14 @@ from qkv_jax.ops.context import (
 from qkv_jax.ops.convolution import causal_convolution, centred_convolution, long_convolution
 from qkv_jax.ops.cope import cope_attention
 from qkv_jax.ops.cosine import cosine_attention
-from qkv_jax.ops.delta import delta_rule, delta_rule_parallel, delta_rule_step
+from qkv_jax.ops.delta import delta_rule, delta_rule_parallel, delta_rule_step, lasp_delta_rule
 from qkv_jax.ops.explain import Explanation, explain
 from qkv_jax.ops.features import LinearAttention, Performer, kernel_attention, performer_attention
 from qkv_jax.ops.forgetting import forgetting_attention
 from qkv_jax.ops.heads import differential_attention, talking_heads_attention
-from qkv_jax.ops.lasp import lasp_delta_rule, lasp_linear_attention
 from qkv_jax.ops.latent import absorbed_latent_attention, latent_attention
 from qkv_jax.ops.linear import (
+    lasp_linear_attention,
     linear_attention,
     linear_attention_bidirectional,
     linear_attention_parallel,

@@ -1,15 +1,17 @@
-"""The delta rule: a linear attention that replaces what its state holds, in three forms.
+"""The delta rule: a linear attention that replaces what its state holds, in four forms.
 
 As in `linear`: from all weights at once (`delta_rule_parallel`, the readable form), chunk by chunk
-(`delta_rule`, for training) and token by token (`delta_rule_step`, for decoding).
+(`delta_rule`, for training), of tokens that lie on many devices (`lasp_delta_rule`) and token by
+token (`delta_rule_step`, for decoding).
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops import chunks
+from qkv_jax.ops import chunks, lasp
 from qkv_jax.ops.chunks import Tokens
+from qkv_jax.ops.ring import Ring
 
 Array = jax.Array | np.ndarray
 
@@ -45,7 +47,8 @@ def delta_rule(
     whose inverse takes products of matrices alone (the papers' UT transform). O(T (C + H) h) time
     with C = `chunk_size`, O(T) memory: for the gradient, the state before each chunk.
     Differentiable any number of times, in forward and reverse mode, in all arrays, the state among
-    them. States, and what is safe for strong decays, are as in `ops.linear.linear_attention`.
+    them. States, what is safe for strong decays, and what a mesh does are as in
+    `ops.linear.linear_attention`.
 
     Args:
       q: queries, floating [B, T, N, H].
@@ -72,16 +75,33 @@ def delta_rule(
         q, k, v, log_decay=log_decay, beta=beta, state=state, scale=scale, lengths=lengths
     )
 
-    def step(state: jax.Array, chunk: Tokens) -> tuple[jax.Array, jax.Array]:
-        (weights, overlaps), (q, reader), k, kept = chunks.within(
-            [chunk.q, chunk.k], chunk.k, chunk.log_decay
-        )
-        corrections = chunk.beta * (chunk.v - reader @ state)
-        u = _inverse(chunk.beta * overlaps) @ corrections
-        out = weights @ u + q @ state
-        return kept * state + jnp.swapaxes(k, 1, 2) @ u, out
+    out, state = lasp.scan_on_devices(_step, tokens, state, chunk_size)
+    return out.astype(v.dtype), state
 
-    out, state = chunks.scan(step, tokens, state, chunk_size)
+
+def lasp_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    *,
+    axis_name: str | tuple[str, ...],
+    log_decay: Array | None = None,
+    state: Array | None = None,
+    scale: float | None = None,
+    lengths: Array | int | None = None,
+    chunk_size: int = 32,
+) -> tuple[jax.Array, jax.Array]:
+    """`delta_rule` of the shards along a mesh axis; what travels is [K, H, h + H] per row.
+
+    Arguments, results and errors are those of `lasp_linear_attention`, and `beta` [B, T, K].
+    """
+    ring = Ring.along("axis_name", axis_name)
+    lengths = lasp.lengths_here(ring, lengths, q.shape[1])
+    tokens, state = chunks.prepare(
+        q, k, v, log_decay=log_decay, beta=beta, state=state, scale=scale, lengths=lengths
+    )
+    out, state = lasp.scan_along(ring, _step, tokens, state, chunk_size)
     return out.astype(v.dtype), state
 
 
@@ -149,6 +169,17 @@ def delta_rule_step(
     u = token.beta * (token.v - jnp.einsum("BKH,BKHh->BKh", token.k, state))
     state = state + token.k[..., :, None] * u[..., None, :]
     return token.read(state).astype(v.dtype), state
+
+
+def _step(state: jax.Array, chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+    """A chunk, as `chunks.scan` calls it."""
+    (weights, overlaps), (q, reader), k, kept = chunks.within(
+        [chunk.q, chunk.k], chunk.k, chunk.log_decay
+    )
+    corrections = chunk.beta * (chunk.v - reader @ state)
+    u = _inverse(chunk.beta * overlaps) @ corrections
+    out = weights @ u + q @ state
+    return kept * state + jnp.swapaxes(k, 1, 2) @ u, out
 
 
 @jax.custom_jvp

@@ -3,17 +3,19 @@
     S[t] = diag(exp(log_decay[t])) S[t-1] + k[t] v[t]^T          out[t] = S[t]^T scale q[t]
 
 Without decay this is linear attention, with a fixed decay per head retention, with one that the
-token chooses per head Mamba-2's SSD, and per channel of the key gated linear attention. Three forms
+token chooses per head Mamba-2's SSD, and per channel of the key gated linear attention. Four forms
 of it agree: `linear_attention_parallel` (quadratic, as the sum reads), `linear_attention` (chunk by
-chunk, for training) and `linear_attention_step` (one token, for decoding).
+chunk, for training), `lasp_linear_attention` (the same of tokens that lie on many devices) and
+`linear_attention_step` (one token, for decoding).
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkv_jax.ops import chunks
+from qkv_jax.ops import chunks, lasp
 from qkv_jax.ops.chunks import Tokens
+from qkv_jax.ops.ring import Ring
 
 Array = jax.Array | np.ndarray
 
@@ -37,7 +39,8 @@ def linear_attention(
     arxiv.org/abs/2307.08621; gated linear attention, Yang et al. 2023, arxiv.org/abs/2312.06635;
     SSD, Dao and Gu 2024, arxiv.org/abs/2405.21060. O(T (chunk_size + H) h) time; memory O(T), of
     which a gradient keeps one state per chunk. What the state forgets, no later query can recall:
-    that is the price against softmax attention.
+    that is the price against softmax attention. On a mesh that is set, devices compute what lies
+    there and pass the state along (`ops.lasp.scan_on_devices`).
 
     Args:
       q: queries, floating [B, T, N, H].
@@ -63,12 +66,48 @@ def linear_attention(
         q, k, v, log_decay=log_decay, state=state, scale=scale, lengths=lengths
     )
 
-    def step(state: jax.Array, chunk: Tokens) -> tuple[jax.Array, jax.Array]:
-        [weights], [q], k, kept = chunks.within([chunk.q], chunk.k, chunk.log_decay)
-        out = weights @ chunk.v + q @ state
-        return kept * state + jnp.swapaxes(k, 1, 2) @ chunk.v, out
+    out, state = lasp.scan_on_devices(_step, tokens, state, chunk_size)
+    return out.astype(v.dtype), state
 
-    out, state = chunks.scan(step, tokens, state, chunk_size)
+
+def lasp_linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    axis_name: str | tuple[str, ...],
+    log_decay: Array | None = None,
+    state: Array | None = None,
+    scale: float | None = None,
+    lengths: Array | int | None = None,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """`linear_attention` of the shards along a mesh axis, inside `jax.shard_map`.
+
+    To be called as the functions of `ops.context` are, with contiguous shards. What travels is
+    [K, H, h + 1] per row (see `ops.lasp`).
+
+    Args:
+      q, k, v, log_decay: the shards of this device.
+      axis_name: the mesh axis along which the sequence is cut.
+      state: before the first token of all, the same on every device.
+      scale, chunk_size: as in `linear_attention`.
+      lengths: of the whole rows.
+
+    Returns:
+      The outputs of the tokens here, and the state after the last token of all, the same on every
+      device.
+
+    Raises:
+      ValueError: as `linear_attention`, or where `axis_name` is no axis that `jax.shard_map` cuts
+        along.
+    """
+    ring = Ring.along("axis_name", axis_name)
+    lengths = lasp.lengths_here(ring, lengths, q.shape[1])
+    tokens, state = chunks.prepare(
+        q, k, v, log_decay=log_decay, state=state, scale=scale, lengths=lengths
+    )
+    out, state = lasp.scan_along(ring, _step, tokens, state, chunk_size)
     return out.astype(v.dtype), state
 
 
@@ -133,3 +172,10 @@ def linear_attention_bidirectional(
     state = jnp.einsum("BSKH,BSKh->BKHh", tokens.k, tokens.v)
     out = jnp.einsum("BTKGH,BKHh->BTKGh", tokens.q, state)
     return out.reshape(*q.shape[:3], -1).astype(v.dtype)
+
+
+def _step(state: jax.Array, chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+    """A chunk, as `chunks.scan` calls it."""
+    [weights], [q], k, kept = chunks.within([chunk.q], chunk.k, chunk.log_decay)
+    out = weights @ chunk.v + q @ state
+    return kept * state + jnp.swapaxes(k, 1, 2) @ chunk.v, out

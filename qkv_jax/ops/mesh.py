@@ -122,7 +122,7 @@ def _sharded(
     rows, heads, queries, keys = axes
     # A device needs the keys of its queries' heads. Where key heads are too few to share out, each
     # is sent to all devices that have queries for it.
-    k, v = (shared_out(x, _pieces(heads, known)) for x in (args.k, args.v))
+    k, v = (shared_out(x, pieces(heads, known)) for x in (args.k, args.v))
     rng = None if args.dropout_rng is None else key_words(args.dropout_rng)
     arrays = {
         "q": args.q, "k": k, "v": v,
@@ -161,7 +161,7 @@ def _axes_and_form(
     B, T, N, _ = args.q.shape
     S = args.k.shape[1]
     rows, heads, queries, keys = fitted((ROWS, HEADS, TOKENS, TOKENS), (B, N, T, S), known)
-    devices = _pieces(queries, known)
+    devices = pieces(queries, known)
     enough = min(T, S) >= 2 * devices
     # A kernel has no ring; what it would be preferred to may have.
     general = implementation.otherwise if isinstance(implementation, Preferred) else implementation
@@ -171,13 +171,16 @@ def _axes_and_form(
     return (rows, heads, queries, None), implementation
 
 
-def shared_out(x: jax.Array, shards: int) -> jax.Array:
-    """Keys or values [B, S, K, H], each head as often as it takes for `shards` to divide them."""
-    copies = math.lcm(x.shape[2], shards) // x.shape[2]
-    return x if copies == 1 else jnp.repeat(x, copies, axis=2)
+def shared_out(x: jax.Array, shards: int, axis: int = 2) -> jax.Array:
+    """Keys or values [B, S, K, H], each head as often as it takes for `shards` to divide them.
+
+    `axis` is where another array has its K heads.
+    """
+    copies = math.lcm(x.shape[axis], shards) // x.shape[axis]
+    return x if copies == 1 else jnp.repeat(x, copies, axis=axis)
 
 
-def _pieces(axes: Axes, sizes: dict[str, int]) -> int:
+def pieces(axes: Axes, sizes: dict[str, int]) -> int:
     """Into how many pieces mesh axes cut."""
     return math.prod(sizes[name] for name in axes or ())
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from qkv_jax import ops
+from tests.ops import mesh_test
 from tests.ops.context_test import mesh_of
 from tests.tolerances import assert_close
 
@@ -36,24 +37,34 @@ def inputs(decay):
     return found
 
 
-def check(sharded, whole, given):
-    """Values, the last state and all gradients."""
-    along = PartitionSpec(None, "seq")
-    specs = {name: PartitionSpec() if name == "state" else along for name in given}
-    call = lambda op: lambda given: op(**given, lengths=LENGTHS, chunk_size=4)  # noqa: E731
-    sharded = jax.shard_map(
-        call(functools.partial(sharded, axis_name="seq")), mesh=mesh_of(DEVICES),
-        in_specs=(specs,), out_specs=(along, PartitionSpec()),
-    )  # fmt: skip
+def called(op):
+    return lambda given: op(**given, lengths=LENGTHS, chunk_size=4)
 
-    def both(op):
+
+def values_and_gradients(op, given):
+    """Values, the last state and all gradients."""
+
+    def both(given):
         values, pullback = jax.vjp(op, given)
         return values, *pullback(jax.tree.map(jnp.cos, values))
 
-    jax.tree.map(
-        functools.partial(assert_close, scale=10), jax.jit(lambda: both(sharded))(),
-        jax.jit(lambda: both(call(whole)))(),
+    return jax.jit(both)(given)
+
+
+def assert_all_close(actual, expected):
+    jax.tree.map(functools.partial(assert_close, scale=10), actual, expected)
+
+
+def check(sharded, whole, given):
+    along = PartitionSpec(None, "seq")
+    specs = {name: PartitionSpec() if name == "state" else along for name in given}
+    sharded = jax.shard_map(
+        called(functools.partial(sharded, axis_name="seq")), mesh=mesh_of(DEVICES),
+        in_specs=(specs,), out_specs=(along, PartitionSpec()),
     )  # fmt: skip
+    assert_all_close(
+        values_and_gradients(sharded, given), values_and_gradients(called(whole), given)
+    )
 
 
 @pytest.mark.parametrize("decay", [None, (), (H,)], ids=["none", "per_head", "per_channel"])
@@ -61,9 +72,37 @@ def test_linear_attention_of_many_devices_is_that_of_one(decay):
     check(ops.lasp_linear_attention, ops.linear_attention, inputs(decay))
 
 
+def of_delta_rule():
+    return inputs((H,)) | {"beta": jnp.asarray(RANDOM.rand(B, T, K), jnp.float32)}
+
+
 def test_the_delta_rule_of_many_devices_is_that_of_one():
-    given = inputs((H,)) | {"beta": jnp.asarray(RANDOM.rand(B, T, K), jnp.float32)}
-    check(ops.lasp_delta_rule, ops.delta_rule, given)
+    check(ops.lasp_delta_rule, ops.delta_rule, of_delta_rule())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "op", "given", "passes"),
+    [
+        ((2, 1, 1, 4), ops.linear_attention, inputs(None), True),
+        ((1, 2, 2, 2), ops.linear_attention, inputs(()), True),  # 3 key heads on 2 devices
+        ((2, 1, 2, 2), ops.delta_rule, of_delta_rule(), True),
+        ((1, 1, 1, 8), ops.linear_attention, inputs(()), False),  # 20 tokens on 8 devices
+    ],
+)
+def test_on_a_mesh_that_is_set_states_travel_and_nothing_changes(sizes, op, given, passes):
+    expected = values_and_gradients(called(op), given)
+    with jax.set_mesh(mesh_test.mesh_of(*sizes)):
+        assert ("all_gather" in str(jax.make_jaxpr(called(op))(given))) == passes
+        actual = values_and_gradients(called(op), given)
+    assert_all_close(actual, expected)
+
+
+def test_on_a_mesh_without_a_token_there_is_the_state():
+    given = {name: x if name == "state" else x[:, :0] for name, x in inputs(None).items()}
+    with jax.set_mesh(mesh_test.mesh_of(1, 1, 1, 4)):
+        out, state = jax.jit(lambda given: ops.linear_attention(**given))(given)
+    assert out.shape == (B, 0, N, h)
+    assert_close(state, given["state"])
 
 
 def test_outside_of_shard_map_there_is_no_axis_and_the_error_says_so():

@@ -36,6 +36,14 @@ SHAPES = [
 ]
 # Rows alone; parameters cut; two key heads on eight shards of heads; tokens; three at once.
 FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 1, 1, 4), (2, 2, 2, 1)]
+LINEAR = (
+    "linear", "performer", "retention", "gated_linear", "ssd", "delta", "gated_delta", "kimi_delta",
+)  # fmt: skip
+# What mixes tokens by neither `ops.attention` nor the linear family is the compiler's to cut along
+# context, or to gather.
+GATHERED = (
+    "topk", "entmax", "sparsemax", "talking_heads", "cope", "bahdanau", "gated_conv",
+)  # fmt: skip
 SGD = optax.sgd(1.0)  # after a step, parameters differ by gradients
 
 
@@ -128,19 +136,28 @@ def test_muon_whose_state_is_stacks_of_matrices_is_as_on_one_device(sizes):
     assert_trees_close(trained(sizes, optimizer, steps=3), expected, scale=100)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2)])
-@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if mixer.causal])
-def test_every_mixer_gives_the_loss_and_gradients_of_one_device(name, sizes, capfd):
+def check_mixer(name, sizes):
     config = DecoderConfig(
         vocab_size=V, context=LONG, num_layers=2, width=16, num_heads=4, mlp_width=24, mixer=name,
         norm="rms", use_bias=False, zero_init_outputs=False,
     )  # fmt: skip
     check(sizes, config=config)
-    if (
-        sizes[-1] > 1
-    ):  # what is not `ops.attention` of tokens is the compiler's to cut, or to gather
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2)])
+@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if mixer.causal])
+def test_every_mixer_gives_the_loss_and_gradients_of_one_device(name, sizes, capfd):
+    check_mixer(name, sizes)
+    if sizes[-1] > 1 and name in GATHERED:
         capfd.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 2, 2, 2)])
+@pytest.mark.parametrize("name", LINEAR)
+def test_states_that_travel_give_the_loss_and_gradients_of_one_device(name, sizes):
+    check_mixer(name, sizes)
 
 
 def test_a_checkpoint_is_restored_onto_other_meshes_to_the_bit(tmp_path):
@@ -168,6 +185,22 @@ def test_no_device_of_context_ever_holds_anything_of_all_tokens():
     shard = rf"f32\[{B},{LONG // 4},{SMALL.num_kv_heads},{SMALL.head_dim}\]"
     assert len(re.findall(rf"= {shard}\S* collective-permute(?:-start)?\(", text)) >= 4
     assert re.findall(rf"f\d+\[(?:\d+,)*{LONG}(?:,\d+)*\]", text) == []
+
+
+@pytest.mark.parametrize("mixer", ["linear", "gated_delta"])
+def test_of_a_recurrence_that_context_cuts_nothing_travels_but_states(mixer):
+    """And the last tokens of a shard, to the convolution of the next one."""
+    heads, length = 2, 4 * 52  # that no other axis has
+    config = DecoderConfig(
+        vocab_size=V, context=length, num_layers=1, width=16, num_heads=heads, head_dim=6,
+        mixer=mixer, position="none", mlp_width=24, norm="rms", use_bias=False,
+    )  # fmt: skip
+    text = compiled(config, (1, 1, 1, 4), length=length).as_text()
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    assert gathered and all(shape.startswith(f"4,{B},{heads},") for shape in gathered)
+    sent = re.findall(r"= f32\[([\d,]*)\]\S* collective-permute(?:-start)?\(", text)
+    assert all(int(shape.split(",")[1]) < config.conv_width for shape in sent)
+    assert re.findall(rf"f\d+\[{B},(?:\d+,)*{length}(?:,\d+)*\]", text) == []
 
 
 def test_no_layer_of_fsdp_is_whole_while_another_one_is():
