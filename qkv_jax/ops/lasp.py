@@ -38,11 +38,11 @@ def scan_on_devices(
     That is its rows of the batch, its heads, and along `context` its tokens, where the state is
     passed along. Where there are fewer key heads than shards of heads, each is walked by all
     devices that have queries for it. What an axis of the mesh does not divide, rows, query heads or
-    tokens, every device along it walks as a whole, and the compiler gathers it. Without a mesh, or
-    on one device, this is `chunks.scan`.
+    tokens, every device along it walks as a whole, and the compiler gathers it. Without a mesh, on
+    one device, or where an axis is empty, this is `chunks.scan`.
     """
     known = mesh.sizes()
-    if not known:
+    if not known or 0 in (*tokens.q.shape, *tokens.v.shape):  # XLA may crash on pieces of nothing
         return chunks.scan(step, tokens, state, chunk_size)
     B, T, K, G, H = tokens.q.shape
     wanted = mesh.ROWS, mesh.HEADS, mesh.TOKENS
