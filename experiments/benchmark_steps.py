@@ -12,7 +12,6 @@ turn with that, a step that knows of no mesh, on one device.
 
 import dataclasses
 import json
-import resource
 import shlex
 import statistics
 import sys
@@ -29,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import cli, setup
 from experiments.abstract_step import AbstractStep, vocab_size_of
 from experiments.benchmark_table import figure, line, processor
+from experiments.report import peak_memory
 from qkv_jax import training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding
@@ -90,7 +90,7 @@ def benchmark_steps(config: Any, out: Path) -> None:
             seconds[side].append(took / settings.train.steps_per_dispatch)
     peak = training.peak_steps(step.loss, step.state.params, lambda: step.batch, mesh)
     tokens = int(np.prod(step.batch["inputs"].shape))
-    timed = [Timed(side, s, tokens, peak, peak_bytes(mesh)) for side, s in seconds.items()]
+    timed = [Timed(side, s, tokens, peak, peak_memory()) for side, s in seconds.items()]
     write(settings, mesh, timed, out)
 
 
@@ -120,14 +120,6 @@ def prepared(
             run()
 
     return run if mesh is None else on_mesh
-
-
-def peak_bytes(mesh: jax.sharding.Mesh) -> int:
-    """The most that a device of the mesh held; on a CPU, which does not say so, the process."""
-    stats = mesh.devices.flat[0].memory_stats()
-    if stats is not None and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write(settings: setup.Settings, mesh: jax.sharding.Mesh, timed: list[Timed], out: Path) -> None:

@@ -99,7 +99,7 @@ def milliseconds_per_step(rows: list[dict[str, Any]], train: TrainConfig) -> flo
     return 1e3 * float(np.median(times)) if times else None
 
 
-def peak_memory() -> int | None:
+def peak_memory() -> int:
     """The most bytes that this process has used: on the device, or of a CPU's memory."""
     on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if on_device is not None:
