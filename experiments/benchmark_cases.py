@@ -8,7 +8,6 @@ anything is timed, the sides' answers are compared: what is wrong is not worth a
 
 import dataclasses
 import json
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from experiments.benchmark_sides import (
     sdpa,
 )
 from experiments.benchmark_table import Ratio, Row, Section, figure, made_with
+from experiments.memory import peak_memory
 from qkv_jax import ops
 from qkv_jax.ops import masks, positions, scores
 
@@ -195,12 +195,12 @@ def score_functions(bench: Bench) -> Iterator[Row]:
 def memory(bench: Bench) -> Iterator[Row]:
     T, small = bench.size(32768), random_arrays(1, 64)
     ours(small, True, mask=masks.Causal()).run()
-    at_rest = peak_bytes()
+    at_rest = peak_memory()
     # Made on the device: NumPy's would count beside JAX's copies of them.
     keys = jax.random.split(jax.random.key(0), len(small))
     arrays = Arrays(*(jax.random.normal(key, (1, T, 8, 64)) for key in keys))
     found = ours(arrays, True, mask=masks.Causal()).answer()
-    used = peak_bytes() - at_rest
+    used = peak_memory() - at_rest
     seven = sum(x.nbytes for x in (*arrays[:3], *found))
     bench.notes.append(f"the process at rest: {figure(at_rest / 1e6)} MB")
     check_tail(arrays, found, masks.Causal())
@@ -210,14 +210,6 @@ def memory(bench: Bench) -> Iterator[Row]:
         (Ratio("peak", "7 arrays", 3 if on_cpu() else None, at_least=False),),
         unit="MB",
     )
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had so far: resident, or on the accelerator."""
-    if not on_cpu():
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def crossover(bench: Bench) -> Iterator[Row]:

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import cli, setup
 from experiments.abstract_step import AbstractStep, vocab_size_of
 from experiments.benchmark_table import figure, line, processor
-from experiments.report import peak_memory
+from experiments.memory import peak_memory
 from qkv_jax import training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding

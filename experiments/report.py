@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import resource
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from experiments.memory import peak_memory
 from experiments.setup import TrainConfig
 from experiments.tasks import Task
 from qkv_jax import nn, viz
@@ -97,15 +96,6 @@ def milliseconds_per_step(rows: list[dict[str, Any]], train: TrainConfig) -> flo
     logged = logged[1 :: -(-train.steps_per_dispatch // train.log_every)]
     times = [(t - s) / (b - a) for (a, s), (b, t) in itertools.pairwise(logged) if b > a]
     return 1e3 * float(np.median(times)) if times else None
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has used: on the device, or of a CPU's memory."""
-    on_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if on_device is not None:
-        return int(on_device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def state_size(task: Task, graphdef: nnx.GraphDef, params: nn.Params) -> int | None:
