@@ -118,10 +118,18 @@ def test_what_is_pruned_twice_is_what_is_pruned_once():
 
 def test_a_pruned_decoder_decodes_what_it_computes_at_once():
     pruned = prune_heads(decoder(num_kv_heads=3), {0: [0, 1], 2: [0, 2, 4]})
+    graphdef, params = nn.split(pruned)
+
+    @jax.jit
+    def step(params, tokens, cache, position):
+        model = nn.merge(graphdef, params)
+        x, cache = model.extend(tokens, cache, positions=position[None])
+        return model.logits(x), cache
+
     cache, steps = pruned.init_cache(B, T), []
     for t in range(T):
-        x, cache = pruned.extend(TOKENS[:, t : t + 1], cache, positions=np.array([t]))
-        steps.append(pruned.logits(x))
+        found, cache = step(params, TOKENS[:, t : t + 1], cache, np.array(t))
+        steps.append(found)
     assert_close(np.concatenate(steps, 1), logits(pruned), scale=10)
 
 
