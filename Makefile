@@ -15,10 +15,9 @@ venv := .venv
 python := $(venv)/bin/python
 # Huge pages spare large arrays page faults; where there is no glibc, nothing reads the variable.
 script := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(python) -m
-# A file's tests share what they have compiled, so they run in one process; files in their order, as
-# those with few tests, which the plugin would keep for the end, take the longest.
+# A file's tests share what they have compiled, so they run in one process.
 pytest := MPLBACKEND=Agg HF_HUB_OFFLINE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(python) -m pytest -q -n 2 --dist loadfile
 # Compiling takes most of the tests' time, and half as long where little is optimised.
 quick := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 

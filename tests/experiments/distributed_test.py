@@ -98,6 +98,7 @@ def test_a_signal_to_one_stops_both_and_a_kill_of_one_ends_both_and_the_run_ends
     assert not list((tmp_path / "checkpoints").glob("*.parts"))
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_two(scripts, tmp_path):
     fields = *QUICK, "optimizer.schedule=constant"
     done = scripts.train(tmp_path, *fields, "train.num_steps=7")

@@ -91,7 +91,11 @@ def test_statistics_take_another_implementation(preferred):
         cudnn.CUDNN.check_place("gpu", stats=True)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "context": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 4, "tensor": 2}, pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_on_a_mesh_each_device_decides_for_its_part(preferred, sizes):
     """Along `context` a device's queries do not begin at 0: there the kernel is not asked."""
     with jax.set_mesh(mesh_of(**sizes)):
