@@ -55,6 +55,11 @@ class Arguments:
         return jnp.promote_types(jnp.result_type(*inputs), jnp.float32)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether an axis of q, k or v has no item."""
+        return any(0 in x.shape for x in (self.q, self.k, self.v) if x is not None)
+
+    @property
     def head(self) -> Array:
         """The heads' indices, int32 [1, N, 1, 1]."""
         return self.index("head")

@@ -256,7 +256,7 @@ def _checked(
     )  # fmt: skip
     B, T, N, _ = args.q.shape
     S = args.k.shape[1]
-    if 0 in (*args.q.shape, *args.v.shape):
+    if args.is_empty:
         shapes = [list(x.shape) for x in (args.q, args.k, args.v)]
         raise ValueError(f"q, k, v: wanted no empty axis, got {shapes}")
     for name, length in (("q", T), ("k", S)):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.kernels import Kernel, in_order, platform
+from qkv_jax.ops.kernels import Kernel, allowed_pairs, in_order, platform
 from qkv_jax.ops.mask_algebra import Mask, conjuncts
 from qkv_jax.ops.masks import Causal, Dense, Lengths, SlidingWindow
 from qkv_jax.ops.operands import is_array
@@ -74,7 +74,7 @@ def refusal(args: Arguments) -> str | None:
 
 def _reasons(args: Arguments) -> Iterator[str]:
     (_, T, _, H), S, h = args.q.shape, args.k.shape[1], args.v.shape[3]
-    if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
+    if args.is_empty:
         yield "q, k, v: cuDNN takes no empty axis"
     dtypes = [x.dtype for x in (args.q, args.k, args.v)]
     if dtypes[0] not in (jnp.bfloat16, jnp.float16) or len(set(dtypes)) > 1:
@@ -171,7 +171,7 @@ def translated(args: Arguments) -> tuple[dict[str, object], jax.Array | None]:
         given["bias"] = _over_pairs(score.array, T, S)
     lengths = S if not terms.causal and (T % BLOCK or S % BLOCK) else None
     if terms.dense:  # all that the mask says
-        allowed = args.mask.mask(*map(jnp.asarray, (args.q_pos, args.kv_pos, args.head)))
+        allowed = allowed_pairs(args)
         given["mask"] = _over_pairs(allowed, T, S)
         empty = jnp.swapaxes(~given["mask"].any(-1, keepdims=True), 1, 2)
     elif terms.left is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.backend import get_backend
 
@@ -110,6 +111,11 @@ def in_order(positions: Array) -> bool:
     return isinstance(positions, np.ndarray) and bool(
         (positions.reshape(len(positions), -1) == np.arange(positions[0].size)).all()
     )
+
+
+def allowed_pairs(args: Arguments) -> jax.Array:
+    """What the mask of a call says of every query and key, bool, broadcastable to [B, N, T, S]."""
+    return args.mask.mask(*map(jnp.asarray, (args.q_pos, args.kv_pos, args.head)))
 
 
 def _parts(args: Arguments) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Arguments]]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkv_jax.ops.arguments import Arguments
-from qkv_jax.ops.kernels import Kernel, in_order
+from qkv_jax.ops.kernels import Kernel, allowed_pairs, in_order
 from qkv_jax.ops.manual import varying_axes
 from qkv_jax.ops.mask_algebra import conjuncts
 from qkv_jax.ops.masks import Causal, Lengths, Segments, SlidingWindow
@@ -91,7 +91,7 @@ def _reasons(args: Arguments) -> Iterator[str]:
     if any(dtype != jnp.bfloat16 for dtype in dtypes):
         found = ", ".join(map(str, dtypes))
         yield f"q, k, v: a TPU multiplies in bfloat16, wanted all three so, got {found}"
-    if 0 in (*args.q.shape, *args.k.shape, *args.v.shape):
+    if args.is_empty:
         yield "q, k, v: splash takes no empty axis"
     for name, length in (("q", T), ("k", S)):
         if length % LANES:
@@ -176,7 +176,7 @@ def _ids(args: Arguments, mask: Lengths | Segments) -> tuple[list[jax.Array], ja
         jnp.broadcast_to(x, (B, n)).astype(jnp.int32) for x, n in ((q_ids, T), (kv_ids, S))
     )
     # XLA sums up as it goes, and keeps no array [T, S].
-    allowed = args.mask.mask(*map(jnp.asarray, (args.q_pos, args.kv_pos, args.head)))
+    allowed = allowed_pairs(args)
     empty = ~jnp.broadcast_to(allowed, (B, 1, T, S)).any(-1)[:, 0]
     # Itself, whom a window always lets a query see; without one, any will do.
     some = kv_ids if T == S else kv_ids[:, :1]
