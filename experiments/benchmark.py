@@ -19,7 +19,6 @@ With `--config` it measures that config's steps on random tokens instead: `bench
 """
 
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -37,8 +36,8 @@ from experiments.benchmark_attention import QUICK, benchmark_attention
 from experiments.benchmark_decode import benchmark_decode
 from experiments.benchmark_mechanisms import benchmark_mechanisms
 from experiments.benchmark_steps import benchmark_steps
-from experiments.benchmark_table import processor
-from qkv_jax.training.run_directory import versions, write_text_atomic
+from experiments.benchmark_table import processor, write_both
+from qkv_jax.training.run_directory import versions
 from qkv_jax.training.writers import read_metrics
 
 CONFIG = cli.config_flag(None)
@@ -232,11 +231,8 @@ def write(rows: list[tuple[str, str, str]]) -> None:
         "",
     ]
     print("\n" + "\n".join(table))
-    out = Path(OUT.value or "results/benchmark_train")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out.with_suffix(".md"), "\n".join(lines))
-    record = {"rows": rows, "made_with": made}
-    write_text_atomic(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    out = Path(OUT.value or "results/benchmark_train").with_suffix("")
+    write_both(out, "\n".join(lines), {"rows": rows, "made_with": made})
 
 
 def attention() -> None:

@@ -22,8 +22,7 @@ from absl import flags
 from experiments import cli
 from experiments.benchmark_cases import CASES, section_from
 from experiments.benchmark_picture import picture
-from experiments.benchmark_table import Section, summary
-from qkv_jax.training.run_directory import write_text_atomic
+from experiments.benchmark_table import Section, summary, write_both
 from qkv_jax.viz import style
 
 CASES_FLAG = flags.DEFINE_list("cases", [], "attention: cases by name or number; by default all")
@@ -87,9 +86,8 @@ def write(out: Path, sections: Sequence[Section], made_with: dict[str, str]) -> 
     if fig:
         style.save_figure(fig, out.with_name(out.name + ".png"))
     text = markdown(sections, made_with, f"{out.name}.png" if fig else None)
-    write_text_atomic(out.with_name(out.name + ".md"), text)
     record = {"sections": [dataclasses.asdict(s) for s in sections], "made_with": made_with}
-    write_text_atomic(out.with_name(out.name + ".json"), json.dumps(record, indent=2) + "\n")
+    write_both(out, text, record)
 
 
 def markdown(sections: Sequence[Section], made_with: dict[str, str], png: str | None) -> str:

@@ -10,7 +10,6 @@ timed alone, and so without the checkout of nanoGPT, whose parameters are read l
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +24,11 @@ from experiments import benchmark_nanogpt as nanogpt
 from experiments.benchmark_attention import QUICK, ROUNDS
 from experiments.benchmark_cases import Bench
 from experiments.benchmark_sides import ABSENT, Side
-from experiments.benchmark_table import Ratio, Row, Section, figure, made_with, summary
+from experiments.benchmark_table import Ratio, Row, Section, figure, made_with, summary, write_both
 from qkv_jax import inference, interop, nn
 from qkv_jax.inference.decoding import packed, unpacked
 from qkv_jax.models import Decoder, DecoderConfig
 from qkv_jax.ops.cache import Cache, CacheKind, QuantizedCache
-from qkv_jax.training.run_directory import write_text_atomic
 
 PROMPT, NEW = 64, 128  # tokens
 GPT2 = DecoderConfig(
@@ -297,7 +295,6 @@ def per_token(row: Row, tokens: int) -> Row:
 
 def write(out: Path, sections: list[Section]) -> None:
     """The table as Markdown, and all the timings as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     made = made_with()
     rates = [
         f"{row.what}, {side}: {figure(1e3 * int(row.what.split()[-1]) / row.median(side))}"
@@ -319,6 +316,5 @@ def write(out: Path, sections: list[Section]) -> None:
         *(line for section in sections for line in section.lines()),
         "## Made with", "", *(f"- {name}: {value}" for name, value in made.items()), "",
     ]  # fmt: skip
-    write_text_atomic(out.with_name(out.name + ".md"), "\n".join(lines))
     record = {"sections": [dataclasses.asdict(s) for s in sections], "made_with": made}
-    write_text_atomic(out.with_name(out.name + ".json"), json.dumps(record, indent=2) + "\n")
+    write_both(out, "\n".join(lines), record)

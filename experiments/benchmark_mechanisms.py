@@ -35,9 +35,8 @@ from experiments.benchmark_growth import (
 )
 from experiments.benchmark_growth_picture import picture
 from experiments.benchmark_mixers import LONG, MEMORY_LIMIT, SECONDS
-from experiments.benchmark_table import made_with
+from experiments.benchmark_table import made_with, write_both
 from qkv_jax.models import MIXERS
-from qkv_jax.training.run_directory import write_text_atomic
 from qkv_jax.viz import style
 
 MIXERS_FLAG = flags.DEFINE_list("mixers", [], "mechanisms: mixers by name; by default all")
@@ -147,9 +146,7 @@ def write(out: Path, results: Results) -> None:
     if fig:
         style.save_figure(fig, out.with_name(out.name + ".png"))
     text = markdown(results, f"{out.name}.png" if fig else None)
-    write_text_atomic(out.with_name(out.name + ".md"), text)
-    record = json.dumps(results.record(), indent=2) + "\n"
-    write_text_atomic(out.with_name(out.name + ".json"), record)
+    write_both(out, text, results.record())
 
 
 def markdown(results: Results, png: str | None) -> str:

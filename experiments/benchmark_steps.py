@@ -11,7 +11,6 @@ turn with that, a step that knows of no mesh, on one device.
 """
 
 import dataclasses
-import json
 import shlex
 import statistics
 import sys
@@ -27,12 +26,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import cli, setup
 from experiments.abstract_step import AbstractStep, vocab_size_of
-from experiments.benchmark_table import figure, line, processor
+from experiments.benchmark_table import figure, line, processor, write_both
 from experiments.memory import peak_memory
 from qkv_jax import training
 from qkv_jax.ops.mesh import ROWS
 from qkv_jax.training import sharding
-from qkv_jax.training.run_directory import versions, write_text_atomic
+from qkv_jax.training.run_directory import versions
 
 STEPS = flags.DEFINE_integer("steps", 20, "train: dispatches of a config that are timed", 1)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "train: ids of a config's tokenizer", 1)
@@ -146,7 +145,5 @@ def write(settings: setup.Settings, mesh: jax.sharding.Mesh, timed: list[Timed],
         "",
     ]
     print("\n".join(lines[4 : -len(made) - 2]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out.with_suffix(".md"), "\n".join(lines))
     record = {"steps": [dataclasses.asdict(t) for t in timed], "made_with": made}
-    write_text_atomic(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    write_both(out.with_suffix(""), "\n".join(lines), record)

@@ -3,14 +3,16 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from qkv_jax.training.run_directory import versions
+from qkv_jax.training.run_directory import versions, write_text_atomic
 
 Values = list[float] | str  # one a round; or why there are none
 
@@ -183,3 +185,10 @@ def processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor()
+
+
+def write_both(out: Path, text: str, record: dict[str, Any]) -> None:
+    """A table as `out`.md, and all that was measured as `out`.json."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out.with_name(out.name + ".md"), text)
+    write_text_atomic(out.with_name(out.name + ".json"), json.dumps(record, indent=2) + "\n")
