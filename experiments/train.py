@@ -104,9 +104,9 @@ def main(_) -> None:
             return
         print(f"resuming from step {step}")
     with cli.one_sentence():
-        elapsed_before = previous_seconds(run, step)
+        elapsed_before, losses = so_far(run, step)
         profiled = training.profiled_steps(PROFILE.value, start=step, end=settings.train.num_steps)
-        spikes = training.LossSpikes(settings.train.spike_factor, previous_losses(run, step))
+        spikes = training.LossSpikes(settings.train.spike_factor, losses)
     save_times = training.SaveTimes(
         step,
         every=(settings.train.save_every, settings.train.keep_every),
@@ -221,9 +221,9 @@ def main(_) -> None:
         seconds = elapsed()
     processes.leave()
     if not done:
-        heartbeat.mark(f"stopped by {stop.name or 'a signal'}")
-        print(f"stopped by {stop.name or 'a signal'} after step {step}, saved; "
-              "the same command goes on")  # fmt: skip
+        stopped = f"stopped by {stop.name or 'a signal'}"
+        heartbeat.mark(stopped)
+        print(f"{stopped} after step {step}, saved; the same command goes on")
         return
     if not processes.is_first():
         heartbeat.mark("finished")
@@ -278,20 +278,16 @@ def reached_goal(run: RunDirectory, step: int, config: setup.TrainConfig) -> boo
     return processes.gather(bool(found) and found[-1] >= config.stop_accuracy)[0]
 
 
-def previous_losses(run: RunDirectory, step: int) -> list[float]:
-    """The losses that were written of the steps so far, in the processes before this one."""
-    if step == 0 or not run.metrics.exists():
-        return []
-    return [r["loss"] for r in read_metrics(run.metrics) if r["step"] <= step and "loss" in r]
+def so_far(run: RunDirectory, step: int) -> tuple[float, list[float]]:
+    """The seconds that the steps so far took, in the processes before this one, and their losses.
 
-
-def previous_seconds(run: RunDirectory, step: int) -> float:
-    """The time that the steps so far took, in the processes before this one."""
+    Of the losses, those that were written.
+    """
     if step == 0 or not run.metrics.exists():
-        return 0.0
-    return max(
-        (row["elapsed"] for row in read_metrics(run.metrics) if row["step"] <= step), default=0.0
-    )
+        return 0.0, []
+    rows = [row for row in read_metrics(run.metrics) if row["step"] <= step]
+    seconds = max((row["elapsed"] for row in rows), default=0.0)
+    return seconds, [row["loss"] for row in rows if "loss" in row]
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def make_manifest(buffer: np.ndarray, layout: list[dict[str, Any]], step: int) -
 
 
 def unpack(buffer: np.ndarray, manifest: dict[str, Any], step: int) -> Iterator[Piece]:
-    """The pieces of a buffer, of which each is a view.
+    """The pieces of a buffer, each with its own memory.
 
     Raises:
       DamagedError: the buffer or the manifest is not what `pack` and `make_manifest` returned.
@@ -142,7 +142,7 @@ def unpack(buffer: np.ndarray, manifest: dict[str, Any], step: int) -> Iterator[
         data = buffer[piece["offset"] :][: _num_bytes(piece)]
         if _sha256(data) != piece["sha256"]:
             raise DamagedError(f"the checksum of leaf {piece['name']} does not match")
-        data = data.copy().view(jnp.dtype(piece["dtype"]))  # a view asks for an aligned offset
+        data = data.copy().view(jnp.dtype(piece["dtype"]))  # of an offset that may not be aligned
         yield Piece(
             piece["name"], piece["dtype"], tuple(piece["whole"]), tuple(piece["start"]),
             data.reshape(piece["shape"]),
